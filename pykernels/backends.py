@@ -1,0 +1,133 @@
+"""The one table op x backend, and how a backend is chosen.
+
+A row names functions as strings, so that looking at the table imports nothing. ``PYKERNELS_BACKEND`` or
+``with use_backend("ref")`` forces a backend; a forced one that cannot run says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Cut(NamedTuple):
+    """A selection per model: element e is kept iff key_e > key, or key_e == key and e <= last.
+
+    ``key``: bits of |delta| as an unsigned integer; ``last``: flat index of the last kept among the equals.
+    """
+
+    key: list[int]
+    last: list[int]
+
+    def at(self, start: int) -> Cut:
+        """The same selection seen from a tensor that begins at flat index ``start`` of the scope."""
+        return Cut(self.key, [last - start for last in self.last])
+
+
+KEEP_ALL_EQUALS = 2**62
+"""``Cut.last`` of the tie rule "keep"."""
+
+ROWS = (
+    "linear_merge", "task_arithmetic", "kth_magnitude", "ties_merge", "ties_fused", "dare_merge",
+    "l1_norms", "elect_sign", "trim", "drop_rescale",
+)  # fmt: skip
+TABLE: dict[str, dict[str, str]] = {
+    op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in ROWS
+}
+del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
+
+ORDER = {"cpu": ("cpu", "ref"), "cuda": ("ref",)}
+BACKENDS = ("cpu", "ref")
+NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_forced: ContextVar[str | None] = ContextVar("pykernels_backend", default=os.environ.get("PYKERNELS_BACKEND") or None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force backend ``name`` ("cpu" or "ref") inside the block.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that cannot run here.
+    """
+    _require(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _require(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: known backends are {', '.join(BACKENDS)}, got {name!r}")
+    if why := missing(name):
+        raise RuntimeError(f"use_backend: {name} cannot run here: {why}")
+
+
+@functools.cache
+def missing(name: str) -> str | None:
+    """Why backend ``name`` cannot run on this machine, or None when it can."""
+    if name == "ref":
+        return None
+    try:
+        importlib.import_module("pykernels._C")
+    except ImportError as error:
+        return f"pykernels._C is not built ({error})"
+    return None
+
+
+@functools.cache
+def _function(op: str, backend: str) -> Callable[..., Any]:
+    module, _, name = TABLE[op][backend].partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+@functools.cache
+def _automatic(op: str, device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    for backend in ORDER.get(device, ("ref",)):
+        if backend not in TABLE[op] or (backend != "ref" and dtype not in NATIVE_DTYPES):
+            continue
+        if why := missing(backend):
+            warnings.warn(f"pykernels: {why}; the PyTorch references serve, which are much slower", stacklevel=4)
+            continue
+        return _function(op, backend)
+    return None
+
+
+def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:
+    """The function that runs ``op`` on tensors such as ``like``, or None where no backend has this op.
+
+    float64 always goes to the reference: no kernel computes in it.
+    """
+    forced = _forced.get()
+    if forced is None or like.dtype not in NATIVE_DTYPES:
+        return _automatic(op, like.device.type, like.dtype)
+    _require(forced)
+    if forced not in ORDER.get(like.device.type, ("ref",)):
+        raise RuntimeError(f"{op}: backend {forced} was forced and does not run on {like.device.type} tensors")
+    return _function(op, forced) if forced in TABLE[op] else None
+
+
+def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
+    """As :func:`find`, for ops that every backend has."""
+    function = find(op, like)
+    if function is None:
+        raise RuntimeError(f"{op}: no backend has it for {like.dtype} on {like.device.type}")
+    return function
+
+
+def grid() -> list[tuple[str, dict[str, str]]]:
+    """Rows (op, {backend: "yes" or the reason why not}) for ``pykernels backends``."""
+    return [
+        (op, {b: (missing(b) or "yes") if b in row else "no such kernel" for b in BACKENDS})
+        for op, row in TABLE.items()
+    ]
