@@ -1,0 +1,36 @@
+# Each target sets up .venv on its own; PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+export PYTHONSAFEPATH = 1
+
+.PHONY: demo test bench lint types clean
+
+demo: .venv/ready
+	$(BIN)/python examples/demo.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest --import-mode=importlib tests
+
+bench: .venv/ready
+	$(BIN)/pykernels bench
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+types: .venv/ready
+	$(BIN)/mypy --strict pykernels
+
+.venv/created:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/ready: .venv/created pyproject.toml setup.py constraints.txt CMakeLists.txt $(SOURCES)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build .venv *.egg-info pykernels/*.so .benchmarks .pytest_cache .mypy_cache .ruff_cache .hypothesis
