@@ -1,0 +1,223 @@
+"""A safetensors header, read strictly and written: every rule is checked before a byte of data is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from pykernels.engine.strict_json import FileError, check_depth, shown, strict_json
+
+MAX_HEADER = 100_000_000
+MAX_RANK = 32
+DATA_ALIGNMENT = 4096
+INT64_MAX = 2**63 - 1
+
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+LOOKS_LIKE = (
+    (re.compile(rb"version https://git-lfs"), "a git-LFS pointer: fetch the real file with `git lfs pull`"),
+    (
+        re.compile(rb"\s*<(!doctype|html|\?xml|head)", re.IGNORECASE),
+        "an HTML or XML page, not the file behind it",
+    ),
+    (re.compile(rb"PK\x03\x04"), "a zip archive (PyTorch's pickle format is one): convert it to safetensors"),
+    (re.compile(rb"\x80[\x02-\x05]"), "a pickle: convert it to safetensors"),
+    (re.compile(rb"GGUF"), "a GGUF file"),
+    (re.compile(rb"\x89HDF"), "an HDF5 file"),
+    (re.compile(rb"\x93NUMPY"), "a NumPy array file"),
+    (re.compile(rb"\x1f\x8b"), "a gzip archive"),
+)
+
+
+class Entry(NamedTuple):
+    """One tensor of a header; ``start`` and ``end`` are relative to the first data byte."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def looks_like(head: bytes) -> str | None:
+    """What a file that begins with ``head`` is, if it is a well-known other thing."""
+    return next((what for pattern, what in LOOKS_LIKE if pattern.match(head)), None)
+
+
+def read_length(file: str, head: bytes, size: int) -> int:
+    """Length of the JSON text, from the first bytes (9 or more) of a file of ``size`` bytes."""
+    if size == 0:
+        raise FileError(f"{file}: the file is empty (0 bytes); a safetensors file has at least 10")
+    length = int.from_bytes(head[:8], "little")
+    if size < 8 or not 0 < length <= min(MAX_HEADER, size - 8) or head[8:9] != b"{":
+        _bad_length(file, head, size, length)
+    return length
+
+
+def _bad_length(file: str, head: bytes, size: int, length: int) -> NoReturn:
+    if what := looks_like(head):
+        raise FileError(f"{file}: not a safetensors file: it looks like {what} ({size} bytes)")
+    if size < 8:
+        raise FileError(f"{file}: {size} bytes is too short for the 8 bytes of a header length: truncated")
+    if length == 0:
+        raise FileError(f"{file}: header length 0 in a file of {size} bytes; a header has at least 2 bytes")
+    if length > min(MAX_HEADER, size - 8):
+        hint = "; it would fit in the other byte order" if int.from_bytes(head[:8], "big") <= size - 8 else ""
+        limit = f"the limit {MAX_HEADER}" if length > MAX_HEADER else f"the {size - 8} bytes behind it"
+        raise FileError(
+            f"{file}: header length {length} exceeds {limit} (file size {size}): "
+            f"not safetensors or truncated{hint}"
+        )
+    raise FileError(
+        f"{file}: the header must begin with '{{', found {head[8:9]!r} "
+        f"(header length {length}, file size {size})"
+    )
+
+
+def parse_header(file: str, raw: bytes, data_bytes: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensors (in header order) and metadata of the JSON text ``raw`` before ``data_bytes`` bytes of data.
+
+    Raises FileError for anything that the format forbids.
+    """
+    text = raw.rstrip(b" ")
+    if not text.endswith(b"}"):
+        raise FileError(
+            f"{file}: header: must end with '}}' and spaces only, found {raw[-1:]!r} at byte {len(text) - 1}"
+        )
+    found = strict_json(text, f"{file}: header")
+    metadata = _metadata(file, found.pop("__metadata__")) if "__metadata__" in found else {}
+    entries = {name: _entry(file, name, value) for name, value in found.items()}
+    _check_layout(file, entries, data_bytes)
+    return entries, metadata
+
+
+def _metadata(file: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise FileError(f"{file}: __metadata__ must be an object of strings, got {_kind(value)}")
+    for key, item in value.items():
+        if not isinstance(item, str):
+            raise FileError(f"{file}: __metadata__[{shown(key)}] must be a string, got {_kind(item)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+        float: "a float",
+    }
+    return names.get(type(value), "an integer")
+
+
+def _entry(file: str, name: str, value: Any) -> Entry:
+    where = f"{file}: tensor {shown(name)}"
+    if not isinstance(value, dict):
+        raise FileError(f"{where}: its entry must be an object, got {_kind(value)}")
+    try:
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    except KeyError as missing:
+        raise FileError(f"{where}: field {missing.args[0]} is missing") from None
+    if len(value) > 3:
+        check_depth(where, value)
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise FileError(f"{where}: unknown dtype {shown(dtype)}; known are {', '.join(BITS)}")
+    _check_integers(where, "shape", shape)
+    _check_integers(where, "data_offsets", offsets)
+    if len(shape) > MAX_RANK:
+        raise FileError(f"{where}: shape has {len(shape)} dimensions, the limit is {MAX_RANK}")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FileError(f"{where}: data_offsets must be [begin, end] with begin <= end, got {shown(offsets)}")
+    need = tensor_bytes(where, dtype, shape)
+    if offsets[1] - offsets[0] != need:
+        raise FileError(
+            f"{where}: shape {shape} of {dtype} takes {need} bytes, "
+            f"data_offsets {offsets} hold {offsets[1] - offsets[0]}"
+        )
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _check_integers(where: str, field: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise FileError(f"{where}: {field} must be an array of integers, got {_kind(value)}")
+    for item in value:
+        if type(item) is not int:  # bool is an int to isinstance
+            raise FileError(f"{where}: {field} must hold integers, got {_kind(item)} ({shown(item, 40)})")
+        if not 0 <= item < 2**64:
+            raise FileError(f"{where}: {field} holds {item}, outside 0 .. 2^64 - 1")
+
+
+def tensor_bytes(where: str, dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor; products are checked against 64 bits. ``where`` begins the text of the FileError."""
+    count, product = 1, 1
+    for size in shape:
+        count *= size
+        product *= max(size, 1)  # a zero must not hide a product that no reader can hold
+        if product > INT64_MAX:
+            raise FileError(f"{where}: shape {list(shape)} overflows: more than 2^63 - 1 elements")
+    bits = count * BITS[dtype]
+    if bits % 8:
+        raise FileError(
+            f"{where}: {count} elements of {dtype} take {bits} bits, which do not fill whole bytes"
+        )
+    if bits // 8 > INT64_MAX:
+        raise FileError(f"{where}: shape {list(shape)} of {dtype} overflows: {bits // 8} bytes")
+    return bits // 8
+
+
+def _check_layout(file: str, entries: Mapping[str, Entry], data_bytes: int) -> None:
+    """Ranges must tile the data: from 0, no hole, no overlap, to the end of the file."""
+    position, previous = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != position:
+            kind = "leaves a hole" if entry.start > position else "overlaps"
+            behind = (
+                f"tensor {shown(previous)}, which ends at {position}"
+                if previous
+                else "the start of the data, at 0"
+            )
+            raise FileError(
+                f"{file}: tensor {shown(name)} (bytes {entry.start} to {entry.end}) {kind} behind {behind} "
+                f"({data_bytes} data bytes in the file)"
+            )
+        position, previous = entry.end, name
+    if position > data_bytes:
+        raise FileError(
+            f"{file}: truncated: tensor {shown(previous)} ends at data byte {position}, "
+            f"the file holds {data_bytes}"
+        )
+    if position < data_bytes:
+        raise FileError(
+            f"{file}: {data_bytes - position} bytes behind the last tensor (data ends at {position}, "
+            f"the file holds {data_bytes}): they belong to no tensor"
+        )
+
+
+def header_bytes(
+    tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The first bytes of a safetensors file: length, JSON and spaces up to a multiple of 4096.
+
+    ``tensors``: (name, dtype code, shape, bytes) in the order of their data, which leave no gap.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        if name in table or name == "__metadata__":
+            raise FileError(f"header: tensor name {shown(name)} is taken")
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    length = -(-(len(text) + 8) // DATA_ALIGNMENT) * DATA_ALIGNMENT - 8
+    if length > MAX_HEADER:
+        raise FileError(
+            f"header: {len(tensors)} tensors take {length} bytes of header, the limit is {MAX_HEADER}"
+        )
+    return length.to_bytes(8, "little") + text.ljust(length)
