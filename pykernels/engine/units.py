@@ -1,0 +1,183 @@
+"""What a plan is made of: plain data, the same in memory and as JSON, so that any executor can run a piece of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pykernels.engine.files import FileIdentity, header_bytes
+from pykernels.methods import Params
+
+ROW_HEAD = ("tensor", "shape", "from", "to", "shard", "parameters")
+"""Titles of the columns of ``Plan.rows``."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one input lies: bytes ``start`` to ``end`` of ``file``; ``name`` may be an alias of the output's name."""
+
+    model: int
+    file: str
+    dtype: str
+    start: int
+    end: int
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output tensor, fixed to the byte: ``start`` to ``end`` of file ``shards[shard]``.
+
+    action "merge": ``base`` and ``tuned`` go through the method with ``params``; tuned has one source per
+    ``params["weight"]`` entry. action "copy" (not a float tensor): every source holds the same bytes, or the
+    merge must not start. ``flat`` is the index of its first element in the model-wide segment (scope "model" only);
+    a tensor with ``alias_of`` shares that output's place there and is not counted again.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    start: int
+    end: int
+    action: str
+    base: Source | None
+    tuned: tuple[Source, ...]
+    params: Params
+    flat: int | None = None
+    alias_of: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every input, the base first."""
+        return (self.base, *self.tuned) if self.base else self.tuned
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its final name, its size with header, and its tensors in the order of their data."""
+
+    name: str
+    nbytes: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """An input model: its name in the recipe, its directory, and what identifies the files that hold its tensors."""
+
+    name: str
+    path: str
+    identities: dict[str, FileIdentity]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a merge before its first byte is read. ``outputs`` are in file order: shard, then offset.
+
+    ``recipe`` is the recipe with the seed in force; ``base`` and ``config_from`` are indices into ``models``
+    (base None: the method reads none). ``same``: pairs that must hold equal bytes before anything is written.
+    ``dropped``: input tensors without an output. ``total_read`` counts every source once, ``total_write`` the shards.
+    """
+
+    recipe: dict[str, Any]
+    method: str
+    scope: str
+    seed: int
+    models: tuple[ModelRef, ...]
+    base: int | None
+    config_from: int
+    outputs: tuple[Output, ...]
+    shards: tuple[Shard, ...]
+    metadata: dict[str, str]
+    same: tuple[tuple[Source, Source], ...]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+    total_read: int
+    total_write: int
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all output tensors without headers: what the index calls total_size."""
+        return sum(o.nbytes for o in self.outputs)
+
+    def header(self, shard: int) -> bytes:
+        """The first bytes of a shard's file, up to its first tensor."""
+        held = [(o.name, o.dtype, o.shape, o.nbytes) for o in self.outputs if o.shard == shard]
+        return header_bytes(held, self.metadata)
+
+    def segment(self) -> list[Output]:
+        """The outputs that a model-wide statistic sees, by ``flat`` (scope "model")."""
+        seen = [o for o in self.outputs if o.flat is not None and o.alias_of is None]
+        return sorted(seen, key=lambda o: (o.flat, o.name))
+
+    def to_json(self, indent: int | None = None) -> str:
+        """JSON text; ``from_json`` gives an equal plan."""
+        return json.dumps(asdict(self), indent=indent, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read back what ``to_json`` wrote."""
+        d = json.loads(text)
+        models = tuple(_model(m) for m in d["models"])
+        outputs = tuple(_output(o) for o in d["outputs"])
+        shards = tuple(Shard(s["name"], s["nbytes"], tuple(s["tensors"])) for s in d["shards"])
+        same = tuple((Source(**a), Source(**b)) for a, b in d["same"])
+        plain = {"dropped": tuple(d["dropped"]), "notes": tuple(d["notes"])}
+        return Plan(**{**d, **plain, "models": models, "outputs": outputs, "shards": shards, "same": same})
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of text per output, under ``ROW_HEAD``."""
+        return [_row(o, self.shards[o.shard].name) for o in self.outputs]
+
+
+def _model(d: dict[str, Any]) -> ModelRef:
+    return ModelRef(d["name"], d["path"], {k: FileIdentity(**v) for k, v in d["identities"].items()})
+
+
+def _output(d: dict[str, Any]) -> Output:
+    base = Source(**d["base"]) if d["base"] else None
+    tuned = tuple(Source(**s) for s in d["tuned"])
+    return Output(**{**d, "shape": tuple(d["shape"]), "base": base, "tuned": tuned})
+
+
+def _row(o: Output, shard: str) -> tuple[str, ...]:
+    shape = " x ".join(map(str, o.shape)) or "scalar"
+    inputs = " ".join(dict.fromkeys(s.dtype for s in o.sources))
+    text = "copied" if o.action == "copy" else _parameters(o.params)
+    return o.name, shape, inputs, o.dtype, shard, text
+
+
+def _parameters(params: Params) -> str:
+    parts = []
+    for key, value in params.items():
+        if isinstance(value, list):
+            parts.append(f"{key} {_numbers(value)}")
+        elif key not in ("seed", "name", "int8_mask"):
+            parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(sorted(parts, key=lambda p: not p.startswith(("weight", "density"))))
+
+
+def _numbers(values: Sequence[float]) -> str:
+    texts = [f"{v:.4g}" for v in values]
+    return texts[0] if len(set(texts)) == 1 else "/".join(texts)
