@@ -37,7 +37,7 @@ KEEP_ALL_EQUALS = 2**62
 
 ROWS = (
     "linear_merge", "task_arithmetic", "kth_magnitude", "ties_merge", "ties_fused", "dare_merge",
-    "l1_norms", "elect_sign", "trim", "drop_rescale",
+    "l1_norms", "magnitude_histogram", "elect_sign", "trim", "drop_rescale",
 )  # fmt: skip
 TABLE: dict[str, dict[str, str]] = {
     op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in ROWS

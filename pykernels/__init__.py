@@ -1,0 +1,46 @@
+"""Fused kernels and a streaming engine for merging model weights."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pykernels.backends import use_backend as use_backend
+    from pykernels.engine.run import merge as merge
+    from pykernels.engine.run import merge_state_dicts as merge_state_dicts
+    from pykernels.engine.verify import verify as verify
+    from pykernels.ops.dare_merge import dare_merge as dare_merge
+    from pykernels.ops.drop_rescale import drop_rescale as drop_rescale
+    from pykernels.ops.elect_sign import elect_sign as elect_sign
+    from pykernels.ops.kth_magnitude import kth_magnitude as kth_magnitude
+    from pykernels.ops.linear_merge import linear_merge as linear_merge
+    from pykernels.ops.task_arithmetic import task_arithmetic as task_arithmetic
+    from pykernels.ops.ties_merge import ties_merge as ties_merge
+    from pykernels.ops.trim import trim as trim
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "merge": "pykernels.engine.run",
+    "merge_state_dicts": "pykernels.engine.run",
+    "verify": "pykernels.engine.verify",
+    "use_backend": "pykernels.backends",
+    **{
+        op: f"pykernels.ops.{op}"
+        for op in (
+            "dare_merge", "drop_rescale", "elect_sign", "kth_magnitude", "linear_merge", "task_arithmetic",
+            "ties_merge", "trim",
+        )
+    },
+}  # fmt: skip
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that ``import pykernels`` (and the command's --help) costs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pykernels' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

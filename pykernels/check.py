@@ -1,0 +1,139 @@
+"""The words of every error that a public op raises, and the checks that raise them.
+
+A message names the op, the argument, the rule and the value, in that order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+MAX_MODELS = 64
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+def same_kind(op: str, first: str, like: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` must be a contiguous tensor of ``like``'s shape, dtype and device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != like.shape:
+        raise ValueError(f"{op}: {name} must have {first}'s shape {list(like.shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must have {first}'s dtype {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {first}'s device {like.device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def one_tensor(op: str, name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` must be a contiguous floating-point tensor of a dtype that the ops take."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def tensors(op: str, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], name: str = "tuned") -> torch.Tensor:
+    """``base`` (or the first tuned one) and all of ``tuned`` must be alike; returns the one they are held against."""
+    if isinstance(tuned, torch.Tensor) or not isinstance(tuned, Sequence):
+        raise TypeError(f"{op}: {name} must be a sequence of tensors, got {type(tuned).__name__}")
+    if not 1 <= len(tuned) <= MAX_MODELS:
+        raise ValueError(f"{op}: {name} must hold 1 to {MAX_MODELS} tensors, got {len(tuned)}")
+    first, like = ("base", base) if base is not None else (f"{name}[0]", tuned[0])
+    one_tensor(op, first, like)
+    for i, tensor in enumerate(tuned):
+        same_kind(op, first, like, f"{name}[{i}]", tensor)
+    return like
+
+
+def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> list[float]:
+    """A finite number, or one per model, as a list of ``n`` floats."""
+    if isinstance(value, (int, float)):
+        values = [float(value)] * n
+    else:
+        try:
+            values = [float(v) for v in value]
+        except (TypeError, ValueError):
+            raise TypeError(f"{op}: {name} must be a number or one per model, got {value!r}") from None
+        if len(values) != n:
+            raise ValueError(f"{op}: {name} must be a number or {n} of them, one per model, got {len(values)}")
+    for v in values:
+        if not -_FLOAT32_MAX <= v <= _FLOAT32_MAX:
+            raise ValueError(f"{op}: {name} must be finite in float32, got {v}")
+    return values
+
+
+def density(op: str, value: float | Sequence[float], n: int) -> list[float]:
+    """The kept fraction, a number in [0, 1] or one per model."""
+    values = per_model(op, "density", value, n)
+    for v in values:
+        if not 0.0 <= v <= 1.0:
+            raise ValueError(f"{op}: density must lie in [0, 1], got {v}")
+    return values
+
+
+def number(op: str, name: str, value: float) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
+        raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
+    return float(value)
+
+
+def choice(op: str, name: str, value: object, known: tuple[object, ...]) -> None:
+    """``value`` must be one of ``known``, by type too (1 is not True)."""
+    if not any(value is k or (type(value) is type(k) and value == k) for k in known):
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def seed(op: str, value: int) -> int:
+    """A seed: an integer of at most 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: seed must be an integer, got {type(value).__name__}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{op}: seed must lie in [0, 2**64), got {value}")
+    return value
+
+
+def output(
+    op: str, out: torch.Tensor | None, out_dtype: torch.dtype | None, like: torch.Tensor, inputs: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """``out``, checked against ``like`` and the inputs' memory; or a new tensor where it is None."""
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
+    if out is None:
+        return torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"{op}: out must be a tensor, got {type(out).__name__}")
+    wanted = out_dtype or (out.dtype if out.dtype in FLOAT_DTYPES else like.dtype)
+    if out.dtype != wanted:
+        raise TypeError(f"{op}: out must have dtype {wanted}, got {out.dtype}")
+    if out.shape != like.shape:
+        raise ValueError(f"{op}: out must have the inputs' shape {list(like.shape)}, got {list(out.shape)}")
+    if out.device != like.device:
+        raise ValueError(f"{op}: out must be on the inputs' device {like.device}, got {out.device}")
+    if not out.is_contiguous():
+        raise ValueError(f"{op}: out must be contiguous, got strides {list(out.stride())}")
+    for i, tensor in enumerate(inputs):
+        if _partial_overlap(out, tensor):
+            raise ValueError(f"{op}: out must be an input itself or share no memory with it, overlaps input {i} in part")
+    return out
+
+
+def aliases(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether ``out`` is one of the inputs."""
+    start = out.data_ptr()
+    return any(t.data_ptr() == start for t in inputs) and out.numel() > 0
+
+
+def _partial_overlap(out: torch.Tensor, tensor: torch.Tensor) -> bool:
+    a, b = out.data_ptr(), tensor.data_ptr()
+    end_a, end_b = a + out.numel() * out.element_size(), b + tensor.numel() * tensor.element_size()
+    return a < end_b and b < end_a and not (a == b and out.dtype == tensor.dtype)

@@ -1,0 +1,185 @@
+"""DARE: drop task-vector entries at random, rescale the rest, merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pykernels import backends, check
+from pykernels.ops.drop_rescale import RESCALE, draw_threshold, mask_key, rescale_factor
+from pykernels.ops.task_arithmetic import nothing
+from pykernels.ops.ties_merge import ELECTIONS, NORMALIZE, shares
+
+BLOCK = 4096
+"""Elements of one block of the L1 sums."""
+
+
+def dare_merge(
+    base: torch.Tensor | None,
+    tuned: Sequence[torch.Tensor],
+    *,
+    density: float | Sequence[float],
+    seed: int,
+    name: str = "",
+    weight: float | Sequence[float] = 1.0,
+    lambda_: float = 1.0,
+    rescale: str | None = "density",
+    consensus: str | None = None,
+    normalize: bool | str = False,
+    elect: str = "weighted",
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """base + lambda * merge of the deltas, each entry kept with probability ``density`` and rescaled.
+
+    Language Models are Super Mario (Yu et al., 2023), section 3. Masks are stateless (Philox4x32-10 keyed by seed and
+    name, countered by model and element): the same bits on every backend, thread count and chunking.
+
+    Args:
+        base: contiguous tensor [*S], or None when ``tuned`` holds task vectors already.
+        tuned: 1 to 64 contiguous tensors [*S] of base's dtype: float32, bfloat16, float16 or float64.
+        density: probability of keeping an entry, in steps of 1/65536; a number in [0, 1] or one per model.
+        seed: integer in [0, 2**64).
+        name: the tensor's name, so that tensors of one model draw different masks.
+        weight: a number or one per model; a model of weight 0 takes no part.
+        lambda_: scale of the merged task vector.
+        rescale: "density" divides by the realised density (unbiased, paper), "l1" by the ratio of the L1 norms after
+            and before the drop (mergekit; none if either norm is below 1e-7 or not finite), None does not rescale.
+        consensus: None adds up; "ties" elects the sign first and merges those who agree.
+        normalize: True divides by the sum of the (agreeing) weights, "count" (with consensus) by their number.
+        elect: with consensus: "weighted" votes with weight * delta, "plain" with the rescaled delta itself.
+        out: contiguous tensor [*S] to fill; may be ``base`` or one of ``tuned``.
+        out_dtype: dtype of the result, default that of ``out`` or of the inputs.
+
+    Returns:
+        The merged tensor [*S] (``out`` where given); the merged task vector when ``base`` is None.
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
+    """
+    op = "dare_merge"
+    like = check.tensors(op, base, tuned)
+    densities = check.density(op, density, len(tuned))
+    weights = check.per_model(op, "weight", weight, len(tuned))
+    lambda_ = check.number(op, "lambda_", lambda_)
+    check.seed(op, seed)
+    check.choice(op, "rescale", rescale, RESCALE)
+    check.choice(op, "consensus", consensus, (None, "ties"))
+    check.choice(op, "normalize", normalize, NORMALIZE if consensus else (True, False))
+    check.choice(op, "elect", elect, ELECTIONS)
+    out = check.output(op, out, out_dtype, like, [*tuned, base] if base is not None else tuned)
+    run = dare_pass(
+        weight=weights, density=densities, lambda_=lambda_, normalize=normalize, rescale=rescale,
+        consensus=consensus, elect=elect, seed=seed, name=name,
+    )  # fmt: skip
+    statistic = run.statistic(like.numel())
+    if statistic is not None:
+        statistic.update(base, tuned, 0)
+    run.run(out, base, tuned, 0, statistic.finish() if statistic is not None else None)
+    return out
+
+
+@dataclass(frozen=True)
+class DarePass:
+    """One tensor's DARE with its arguments checked: models of weight 0 are out, thresholds and key are drawn up."""
+
+    taking: list[int]
+    weight: list[float]
+    threshold: list[int]
+    key: int
+    lambda_: float
+    normalize: bool | str
+    rescale: str | None
+    elect: str | None
+
+    def statistic(self, numel: int) -> L1Statistic | None:
+        """The pass that ``rescale="l1"`` needs first."""
+        return L1Statistic(self) if self.rescale == "l1" and self.taking else None
+
+    def run(
+        self,
+        out: torch.Tensor,
+        base: torch.Tensor | None,
+        tuned: Sequence[torch.Tensor],
+        offset: int,
+        factors: Factors | None,
+    ) -> None:
+        """Merge one chunk that starts at flat index ``offset`` of the tensor."""
+        if not self.taking:
+            nothing(out, base)
+            return
+        scale = factors.values if factors else [rescale_factor(t, self.rescale) for t in self.threshold]
+        total = (sum(self.weight) if self.normalize and not self.elect else 1.0) or 1.0
+        weight = [w * s / total for w, s in zip(self.weight, scale, strict=True)]
+        backends.call("dare_merge", tuned[0])(
+            out, base, [tuned[i] for i in self.taking], self.threshold, self.taking, self.key, weight,
+            scale if self.elect == "plain" else None, shares(self.normalize, self.weight) if self.elect else None,
+            self.lambda_, self.elect, offset,
+        )  # fmt: skip
+
+
+def dare_pass(
+    *,
+    weight: Sequence[float],
+    density: Sequence[float],
+    lambda_: float,
+    normalize: bool | str,
+    rescale: str | None,
+    consensus: str | None,
+    elect: str,
+    seed: int,
+    name: str,
+) -> DarePass:
+    """Draw up the pass of one tensor from checked arguments."""
+    taking = [i for i, w in enumerate(weight) if w != 0]
+    return DarePass(
+        taking, [weight[i] for i in taking], [draw_threshold(density[i]) for i in taking], mask_key(seed, name),
+        lambda_, normalize, rescale, elect if consensus else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Rescale factor per model that takes part."""
+
+    values: list[float]
+
+    def at(self, start: int) -> Factors:
+        """A tensor's own statistic: nothing to shift."""
+        return self
+
+
+class L1Statistic:
+    """Sums of |delta| and of the kept |delta|, in float64 over a fixed tree, chunks in any order."""
+
+    def __init__(self, pass_: DarePass) -> None:
+        self.done = False
+        self._pass = pass_
+        self._blocks: dict[int, torch.Tensor] = {}
+
+    def update(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], offset: int) -> None:
+        """Take in one chunk that starts at flat index ``offset``, a multiple of 4096, of the tensor."""
+        p = self._pass
+        models = [tuned[i] for i in p.taking]
+        self._blocks[offset] = backends.call("l1_norms", tuned[0])(
+            base, models, p.threshold, p.taking, p.key, offset
+        )
+
+    def next_round(self) -> None:
+        """One round is enough."""
+        self.done = True
+
+    def finish(self) -> Factors:
+        """The factor that restores every model's L1 norm; 1 where a norm is below 1e-7 or not finite."""
+        blocks = torch.cat([self._blocks[offset] for offset in sorted(self._blocks)])
+        while len(blocks) > 1:
+            if len(blocks) % 2:
+                blocks = torch.cat([blocks, torch.zeros_like(blocks[:1])])
+            blocks = blocks[0::2] + blocks[1::2]
+        sums = blocks[0].tolist() if len(blocks) else [[0.0, 0.0]] * len(self._pass.taking)
+        return Factors([
+            before / after if min(before, after) >= 1e-7 and math.isfinite(before) else 1.0 for before, after in sums
+        ])

@@ -1,0 +1,40 @@
+"""Trim one task vector by magnitude."""
+
+from __future__ import annotations
+
+import torch
+
+from pykernels import backends, check
+from pykernels.ops.kth_magnitude import counts
+from pykernels.ops.ties_merge import TIES, keep_equals
+
+
+def trim(
+    delta: torch.Tensor, density: float, *, tie: str = "index", out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Keep the ``density`` largest entries by magnitude, 0 elsewhere; no rescale.
+
+    TIES-Merging (Yadav et al., 2023), section 3, step 1. A NaN stays NaN, kept or not.
+
+    Args:
+        delta: contiguous tensor [*S]: float32, bfloat16, float16 or float64.
+        density: kept fraction in [0, 1]; k = max(1, int(density * numel)), 0 for density 0.
+        tie: "index" keeps exactly k, among equals the lowest flat index first; "keep" keeps all >= kth.
+        out: contiguous tensor [*S] to fill; may be ``delta``.
+
+    Returns:
+        The trimmed tensor [*S] (``out`` where given).
+
+    Raises:
+        ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
+    """
+    op = "trim"
+    check.one_tensor(op, "delta", delta)
+    [fraction] = check.density(op, density, 1)
+    check.choice(op, "tie", tie, TIES)
+    out = check.output(op, out, None, delta, [delta])
+    if delta.numel() == 0:
+        return out
+    cut = backends.call("kth_magnitude", delta)(None, [delta], counts([fraction], delta.numel()))
+    backends.call(op, delta)(out, delta, keep_equals(cut) if tie == "keep" else cut)
+    return out
