@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from pykernels.engine.strict_json import FileError, check_depth, shown, strict_json
+from pykernels.engine.strict_json import FileError, Refused, check_extras, shown, strict_json, unique
 
 MAX_HEADER = 100_000_000
 MAX_RANK = 32
 DATA_ALIGNMENT = 4096
 INT64_MAX = 2**63 - 1
+MANY = 50_000
 
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -89,11 +90,36 @@ def parse_header(file: str, raw: bytes, data_bytes: int) -> tuple[dict[str, Entr
         raise FileError(
             f"{file}: header: must end with '}}' and spaces only, found {raw[-1:]!r} at byte {len(text) - 1}"
         )
-    found = strict_json(text, f"{file}: header")
+    found = strict_json(text, f"{file}: header", _bounded(data_bytes))
     metadata = _metadata(file, found.pop("__metadata__")) if "__metadata__" in found else {}
-    entries = {name: _entry(file, name, value) for name, value in found.items()}
+    entries = {}
+    for name, value in found.items():
+        try:
+            entries[name] = _entry(value)
+        except Refused as error:
+            raise FileError(f"{file}: tensor {shown(name)}: {error}") from None
     _check_layout(file, entries, data_bytes)
     return entries, metadata
+
+
+def _bounded(data_bytes: int) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """A hook that gives up on a memory bomb, many tensors on few bytes, before the last of them is parsed."""
+    count = claimed = 0
+
+    def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal count, claimed
+        result = unique(pairs)
+        match result.get("data_offsets"):
+            case [int(start), int(end)]:
+                count += 1
+                claimed += end - start
+                if count > MANY and claimed > data_bytes:
+                    raise Refused(
+                        f"the first {count} tensors overlap: {claimed} bytes in a file of {data_bytes}"
+                    )
+        return result
+
+    return hook
 
 
 def _metadata(file: str, value: Any) -> dict[str, str]:
@@ -105,70 +131,62 @@ def _metadata(file: str, value: Any) -> dict[str, str]:
     return value
 
 
+_KINDS = {
+    dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "an integer",
+    float: "a float",
+}  # fmt: skip
+
+
 def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-        float: "a float",
-    }
-    return names.get(type(value), "an integer")
+    return _KINDS.get(type(value), "null")
 
 
-def _entry(file: str, name: str, value: Any) -> Entry:
-    where = f"{file}: tensor {shown(name)}"
+def _entry(value: Any) -> Entry:
     if not isinstance(value, dict):
-        raise FileError(f"{where}: its entry must be an object, got {_kind(value)}")
+        raise Refused(f"its entry must be an object, got {_kind(value)}")
     try:
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     except KeyError as missing:
-        raise FileError(f"{where}: field {missing.args[0]} is missing") from None
+        raise Refused(f"field {missing.args[0]} is missing") from None
     if len(value) > 3:
-        check_depth(where, value)
+        check_extras(value)
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise FileError(f"{where}: unknown dtype {shown(dtype)}; known are {', '.join(BITS)}")
-    _check_integers(where, "shape", shape)
-    _check_integers(where, "data_offsets", offsets)
+        raise Refused(f"unknown dtype {shown(dtype)}; known are {', '.join(BITS)}")
+    _check_integers("shape", shape)
+    _check_integers("data_offsets", offsets)
     if len(shape) > MAX_RANK:
-        raise FileError(f"{where}: shape has {len(shape)} dimensions, the limit is {MAX_RANK}")
+        raise Refused(f"shape has {len(shape)} dimensions, the limit is {MAX_RANK}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FileError(f"{where}: data_offsets must be [begin, end] with begin <= end, got {shown(offsets)}")
-    need = tensor_bytes(where, dtype, shape)
-    if offsets[1] - offsets[0] != need:
-        raise FileError(
-            f"{where}: shape {shape} of {dtype} takes {need} bytes, "
-            f"data_offsets {offsets} hold {offsets[1] - offsets[0]}"
-        )
+        raise Refused(f"data_offsets must be [begin, end] with begin <= end, got {shown(offsets)}")
+    need, held = tensor_bytes(dtype, shape), offsets[1] - offsets[0]
+    if held != need:
+        raise Refused(f"shape {shape} of {dtype} takes {need} bytes, data_offsets {offsets} hold {held}")
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _check_integers(where: str, field: str, value: Any) -> None:
+def _check_integers(field: str, value: Any) -> None:
     if not isinstance(value, list):
-        raise FileError(f"{where}: {field} must be an array of integers, got {_kind(value)}")
+        raise Refused(f"{field} must be an array of integers, got {_kind(value)}")
     for item in value:
         if type(item) is not int:  # bool is an int to isinstance
-            raise FileError(f"{where}: {field} must hold integers, got {_kind(item)} ({shown(item, 40)})")
+            raise Refused(f"{field} must hold integers, got {_kind(item)} ({shown(item, 40)})")
         if not 0 <= item < 2**64:
-            raise FileError(f"{where}: {field} holds {item}, outside 0 .. 2^64 - 1")
+            raise Refused(f"{field} holds {shown(item, 40)}, outside 0 .. 2^64 - 1")
 
 
-def tensor_bytes(where: str, dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor; products are checked against 64 bits. ``where`` begins the text of the FileError."""
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of dtype code ``dtype``. Raises Refused where a product leaves 64 bits."""
     count, product = 1, 1
     for size in shape:
         count *= size
-        product *= max(size, 1)  # a zero must not hide a product that no reader can hold
+        product *= size or 1  # a zero must not hide a product that no reader can hold
         if product > INT64_MAX:
-            raise FileError(f"{where}: shape {list(shape)} overflows: more than 2^63 - 1 elements")
+            raise Refused(f"shape {list(shape)} overflows: more than 2^63 - 1 elements")
     bits = count * BITS[dtype]
     if bits % 8:
-        raise FileError(
-            f"{where}: {count} elements of {dtype} take {bits} bits, which do not fill whole bytes"
-        )
+        raise Refused(f"{count} elements of {dtype} take {bits} bits, which do not fill whole bytes")
     if bits // 8 > INT64_MAX:
-        raise FileError(f"{where}: shape {list(shape)} of {dtype} overflows: {bits // 8} bytes")
+        raise Refused(f"shape {list(shape)} of {dtype} overflows: {bits // 8} bytes")
     return bits // 8
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 import stat
@@ -73,14 +74,27 @@ def read_shard(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], FileI
         head = os.pread(handle, 512, 0)
         length = read_length(name, head, status.st_size)
         raw = read_exactly(name, handle, 8, length)
-    entries, metadata = parse_header(name, raw, status.st_size - 8 - length)
     data, file = 8 + length, str(path)
-    tensors = {
-        tensor: TensorInfo(tensor, entry.dtype, entry.shape, file, data + entry.start, data + entry.end)
-        for tensor, entry in entries.items()
-    }
+    with _no_collection():
+        entries, metadata = parse_header(name, raw, status.st_size - data)
+        tensors = {
+            tensor: TensorInfo(tensor, entry.dtype, entry.shape, file, data + entry.start, data + entry.end)
+            for tensor, entry in entries.items()
+        }
     digest = hashlib.sha256(head[:8] + raw).hexdigest()
     return tensors, metadata, FileIdentity(status.st_size, status.st_mtime_ns, digest)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    # The collector would walk the growing tables again and again: twice the time for a million tensors.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_exactly(name: str, handle: int, start: int, count: int) -> bytes:

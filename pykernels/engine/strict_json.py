@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 MAX_DEPTH = 128
 
-# What the C scanner of `json` takes in silently; a text without any of these needs no hooks for its numbers.
-_ODD_NUMBERS = re.compile(rb"\d{19}|-0|\d[eE]")
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 
@@ -24,40 +24,34 @@ def shown(name: object, limit: int = 120) -> str:
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
 
 
-class _Refused(ValueError):
-    """A JSON value that is refused while parsing; the caller adds the file's name."""
+class Refused(ValueError):
+    """A value that is refused; whoever knows the file and the tensor puts their names before the text."""
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of ``pairs``, for ``json``'s hook. Raises Refused for a key that stands twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"duplicate key {shown(key)}")
+                raise Refused(f"duplicate key {shown(key)}")
             seen.add(key)
     return result
 
 
 def _constant(text: str) -> NoReturn:
-    raise _Refused(f"{text} is not JSON")
+    raise Refused(f"{text} is not JSON")
 
 
-def _careful_float(text: str) -> float:
-    if abs(value := float(text)) == float("inf"):
-        raise _Refused(f"number {shown(text, 40)} is out of range")
-    return value
+def _signed(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # no natural number, though Python's int makes it 0
 
 
-def _careful_int(text: str) -> int | float:
-    # A number that no 64-bit integer holds, and "-0", are floats to the format's own reader.
-    return _careful_float(text) if len(text) > 20 or text == "-0" else int(text)
-
-
-def strict_json(raw: bytes, where: str) -> Any:
+def strict_json(raw: bytes, where: str, hook: Callable[[list[tuple[str, Any]]], Any] = unique) -> Any:
     """Parse strict UTF-8 JSON: no duplicate keys, NaN, lone surrogates, huge numbers or endless nesting.
 
-    ``where`` begins every message. Raises FileError.
+    ``where`` begins every message; ``hook`` makes the objects. Raises FileError.
     """
     try:
         text = raw.decode("utf-8")
@@ -65,19 +59,19 @@ def strict_json(raw: bytes, where: str) -> Any:
         raise FileError(f"{where} is not UTF-8: {error.reason} at byte {error.start}") from None
     if text.startswith("\ufeff"):
         raise FileError(f"{where} begins with a byte-order mark; JSON text must not")
-    hooks: dict[str, Any] = {}
-    if _ODD_NUMBERS.search(raw):
-        hooks = {"parse_int": _careful_int, "parse_float": _careful_float}
     try:
         if _SURROGATES.search(raw):
             _check_surrogates(raw)
-        return json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant, **hooks)
+        parse_int = _signed if b"-0" in raw else None
+        return json.loads(text, object_pairs_hook=hook, parse_constant=_constant, parse_int=parse_int)
     except json.JSONDecodeError as error:
         raise FileError(f"{where} is not valid JSON: {error.msg} at character {error.pos}") from None
-    except _Refused as error:
+    except Refused as error:
         raise FileError(f"{where} is refused: {error}") from None
     except RecursionError:
         raise FileError(f"{where} is refused: nesting deeper than {MAX_DEPTH} levels") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise FileError(f"{where} is refused: a number of thousands of digits") from None
 
 
 def _check_surrogates(raw: bytes) -> None:
@@ -87,21 +81,20 @@ def _check_surrogates(raw: bytes) -> None:
         if high_ends >= 0 and (match.start() != high_ends or not 0xDC00 <= code < 0xE000):
             break
         if high_ends < 0 and 0xDC00 <= code < 0xE000:
-            raise _Refused(f"broken surrogate pair at byte {match.start()}")
+            raise Refused(f"broken surrogate pair at byte {match.start()}")
         high_ends = match.end() if 0xD800 <= code < 0xDC00 else -1
     if high_ends >= 0:
-        raise _Refused(f"broken surrogate pair at byte {high_ends}")
+        raise Refused(f"broken surrogate pair at byte {high_ends}")
 
 
-def check_depth(where: str, value: Any) -> None:
+def check_extras(value: Any) -> None:
+    """Fields that nobody reads: bounded in depth and range all the same. Raises Refused."""
     level, depth = [value], 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
-            raise FileError(f"{where}: nesting deeper than {MAX_DEPTH} levels")
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item)
-            if isinstance(child, dict | list)
-        ]
+            raise Refused(f"nesting deeper than {MAX_DEPTH} levels")
+        children = [c for item in level for c in (item.values() if isinstance(item, dict) else item)]
+        if any(isinstance(child, float) and not math.isfinite(child) for child in children):
+            raise Refused("a number is out of range")
+        level = [child for child in children if isinstance(child, dict | list)]
