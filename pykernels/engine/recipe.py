@@ -78,7 +78,7 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
     def resolve(self, tensor: str, layer: int | None, num_layers: int) -> Params:
-        """The parameters of one tensor; outside the layers ``layer`` is None and gradients take their first value.
+        """The parameters of one tensor; ``layer`` is None outside the layers, where gradients start.
 
         Raises RecipeError when a required parameter has no value for this tensor.
         """
@@ -187,7 +187,7 @@ def _hoisted() -> set[str]:
 
 
 def _one_place(data: dict[str, Any]) -> dict[str, Any]:
-    """Both places are accepted: ``tie`` and ``elect`` go under parameters, ``scope`` and ``seed`` to the top."""
+    """Accept either place: ``tie`` and ``elect`` go under parameters, ``scope`` and ``seed`` to the top."""
     given = data.get("parameters", {})
     if not isinstance(given, Mapping):
         raise ValueError(f"parameters: must be a mapping, got {shown(given)}")

@@ -41,7 +41,7 @@ def _measure(text: str) -> None:
     anchors: dict[str, int] = {}
     names: list[str | None] = []
     for event in yaml.parse(text, Loader=_SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
                 raise ValueError(
@@ -79,7 +79,7 @@ def _check_keys(root: yaml.Node | None) -> None:
             continue
         keys: set[str] = set()
         for key, value in node.value:
-            line = key.start_mark.line + 1
+            line = key.start_mark.line + 1 if key.start_mark else 0
             if not isinstance(key, yaml.ScalarNode) or key.tag not in _TEXT_TAGS:
                 raise ValueError(f"line {line}: a key must be text, got {str(key.value)[:80]!r}")
             if key.value in keys:

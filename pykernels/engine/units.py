@@ -1,4 +1,4 @@
-"""What a plan is made of: plain data, the same in memory and as JSON, so that any executor can run a piece of it."""
+"""What a plan is made of: plain data, the same in memory and as JSON, so any executor can run a part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW_HEAD = ("tensor", "shape", "from", "to", "shard", "parameters")
 
 @dataclass(frozen=True)
 class Source:
-    """Where one input lies: bytes ``start`` to ``end`` of ``file``; ``name`` may be an alias of the output's name."""
+    """Where one input lies: bytes ``start`` to ``end`` of ``file``; ``name`` may be an alias."""
 
     model: int
     file: str
@@ -37,8 +37,8 @@ class Output:
 
     action "merge": ``base`` and ``tuned`` go through the method with ``params``; tuned has one source per
     ``params["weight"]`` entry. action "copy" (not a float tensor): every source holds the same bytes, or the
-    merge must not start. ``flat`` is the index of its first element in the model-wide segment (scope "model" only);
-    a tensor with ``alias_of`` shares that output's place there and is not counted again.
+    merge must not start. ``flat`` (scope "model" only) is the index of its first element in the model-wide
+    segment; a tensor with ``alias_of`` shares that output's place there and is not counted again.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """An input model: its name in the recipe, its directory, and what identifies the files that hold its tensors."""
+    """An input model: name in the recipe, directory, and the identities of its tensors' files."""
 
     name: str
     path: str
@@ -93,11 +93,12 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a merge before its first byte is read. ``outputs`` are in file order: shard, then offset.
+    """Everything about a merge before its first byte is read; ``outputs`` in file order: shard, then offset.
 
     ``recipe`` is the recipe with the seed in force; ``base`` and ``config_from`` are indices into ``models``
     (base None: the method reads none). ``same``: pairs that must hold equal bytes before anything is written.
-    ``dropped``: input tensors without an output. ``total_read`` counts every source once, ``total_write`` the shards.
+    ``dropped``: input tensors without an output. ``total_read`` counts every source once, ``total_write``
+    the shards with their headers.
     """
 
     recipe: dict[str, Any]
