@@ -1,0 +1,205 @@
+"""The one table of benchmark cases: op, inputs, options, least bytes, and what it has to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import pykernels
+from pykernels.bench.inputs import Inputs, Spec
+
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on this row's time divided by that of ``of``: "ideal", or the name of another row.
+
+    Rows of kind "call" and "memory" are held against the figure itself: ``of`` is its unit, "us" or "MiB"
+    (64 MiB and 16 MiB per thread, for the two threads that the targets are set for).
+    """
+
+    of: str = "ideal"
+    most: float | None = None
+    least: float | None = None
+    aim: float | None = None
+
+    def met(self, ratio: float) -> bool:
+        """Whether the ratio is within what must be reached."""
+        return (self.most is None or ratio <= self.most) and (self.least is None or ratio >= self.least)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row. ``options`` go to the op as they are; ``out="fresh"`` lets it allocate its result.
+
+    ``kind``: "time" (milliseconds), "call" (microseconds, 64 elements), "memory" (MiB beyond in- and output).
+    ``peers``: what to beat, by the least ratio: {"mergekit": 20}; empty: no peer is timed.
+    """
+
+    op: str
+    spec: Spec = field(default_factory=Spec)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
+    kind: str = "time"
+    out: str = "reused"
+    threads: int | None = None
+    isa: str | None = None
+    peers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Unique and readable: what the row is called in tables, JSON and test ids."""
+        parts = [self.op]
+        parts += [self.kind] if self.kind != "time" else []
+        parts += ["64 elements" if self.kind == "call" else self.spec.label]
+        parts += [f"{_WORDS.get(k, k)}={v}" for k, v in self.options.items()]
+        parts += ["fresh output"] if self.out == "fresh" else []
+        parts += [f"{self.threads} thread"] if self.threads else []
+        parts += [self.isa] if self.isa else []
+        return " ".join(parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Least traffic of the mathematics: every input once, the output once."""
+        return _TRAFFIC[self.op](self.spec)
+
+    def call(self, x: Inputs) -> Callable[[], Any]:
+        """The timed call on one set of inputs."""
+        out = None if self.out == "fresh" else x.out
+        return lambda: CALLS[self.op](x, out, self.options)
+
+
+_WORDS = {"density": "d"}
+
+
+def weights(x: Inputs) -> list[float]:
+    """A weight per tuned tensor, all different."""
+    return [0.5 / (i + 1) + 0.1 for i in range(len(x.tuned))]
+
+
+def _linear(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.linear_merge(x.all, [1.0, *weights(x)], out=out, **o)
+
+
+def _arithmetic(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.task_arithmetic(x.base, x.tuned, weight=weights(x), out=out, **o)
+
+
+def _kth(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.kth_magnitude(x.base, x.tuned, **o)
+
+
+def _ties(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.ties_merge(x.base, x.tuned, weight=weights(x), out=out, **o)
+
+
+def _dare(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.dare_merge(x.base, x.tuned, seed=SEED, weight=weights(x), out=out, **o)
+
+
+def _trim(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.trim(x.tuned[0], out=out, **o)
+
+
+def _elect(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.elect_sign(x.tuned, weights(x), **o)
+
+
+def _drop(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
+    return pykernels.drop_rescale(x.tuned[0], seed=SEED, out=out, **o)
+
+
+CALLS: dict[str, Callable[[Inputs, torch.Tensor | None, Mapping[str, Any]], Any]] = {
+    "linear_merge": _linear, "task_arithmetic": _arithmetic, "kth_magnitude": _kth, "ties_merge": _ties,
+    "dare_merge": _dare, "trim": _trim, "elect_sign": _elect, "drop_rescale": _drop,
+}  # fmt: skip
+
+
+def _merge_bytes(s: Spec) -> int:
+    return (s.n + 2) * s.tensor_bytes
+
+
+_TRAFFIC: dict[str, Callable[[Spec], int]] = {
+    "linear_merge": _merge_bytes,
+    "task_arithmetic": _merge_bytes,
+    "ties_merge": _merge_bytes,
+    "dare_merge": _merge_bytes,
+    "kth_magnitude": lambda s: (s.n + 1) * s.tensor_bytes,
+    "trim": lambda s: 2 * s.tensor_bytes,
+    "drop_rescale": lambda s: 2 * s.tensor_bytes,
+    "elect_sign": lambda s: s.n * s.tensor_bytes + s.shape[0] * s.shape[1],
+}
+
+SQUARE = Spec()
+LARGE = Spec(shape=(4096, 11008))
+FP32 = Spec(dtype=torch.float32)
+FP16 = Spec(dtype=torch.float16)
+EIGHT = Spec(n=8)
+TIED = Spec(data="heavy ties")
+STUDENT = Spec(data="student-t 4")
+BLOCKS = Spec(data="block-scaled 128")
+ONE = Spec(n=1)
+
+_LINEAR = Target(most=1.3, aim=1.1)
+_KTH = Target(most=2.2, aim=1.4)
+_D2, _D5 = {"density": 0.2}, {"density": 0.5}
+_K2, _K5 = {**_D2, "tie": "keep"}, {**_D5, "tie": "keep"}
+_CONSENSUS = {**_D5, "consensus": "ties"}
+_BEAT_TIES = {"naive torch": 1.0, "tuned torch": 1.0, "mergekit": 150.0, "peft": 1.0}
+_BEAT_LINEAR = {"naive torch": 1.0, "tuned torch": 1.0, "mergekit": 20.0}
+_BEAT_DARE = {"naive torch": 1.0, "tuned torch": 1.0, "mergekit": 60.0, "peft": 1.0}
+
+
+def _index(spec: Spec, options: Mapping[str, Any]) -> Case:
+    """The default tie rule, held against "keep" on the same inputs."""
+    keep = Case("ties_merge", spec, {**options, "tie": "keep"}).name
+    return Case("ties_merge", spec, {**options, "tie": "index"}, Target(keep, most=1.3, aim=1.1))
+
+
+_FULL = (
+    Case("linear_merge", SQUARE, {}, _LINEAR, peers=_BEAT_LINEAR),
+    Case("task_arithmetic", SQUARE, {}, _LINEAR, peers=_BEAT_LINEAR),
+    Case("kth_magnitude", SQUARE, _D2, _KTH),
+    Case("ties_merge", SQUARE, _K2, Target(most=3.5, aim=2.0), peers=_BEAT_TIES),
+    Case("ties_merge", SQUARE, _K5, Target(most=3.5, aim=2.0), peers=_BEAT_TIES),
+    _index(SQUARE, _D2),
+    _index(SQUARE, _D5),
+    Case("dare_merge", SQUARE, _D5, Target(most=3.0, aim=2.0), peers=_BEAT_DARE),
+    Case("dare_merge", SQUARE, _CONSENSUS, Target(most=3.8, aim=2.5), peers=_BEAT_DARE),
+    Case("dare_merge", SQUARE, {**_D5, "rescale": "l1"}),
+    Case("elect_sign", SQUARE),
+    Case("trim", ONE, _D2),
+    Case("drop_rescale", ONE, _D5),
+)
+_SPECS = (LARGE, FP32, FP16, EIGHT)
+_OTHER_INPUTS = (
+    *(Case(op, spec, {}, _LINEAR) for spec in _SPECS for op in ("linear_merge", "task_arithmetic")),
+    *(Case("kth_magnitude", spec, _D2, _KTH) for spec in _SPECS),
+    Case("kth_magnitude", TIED, _D2, Target(most=1.5, aim=1.4)),
+    *(Case("ties_merge", LARGE, keep, Target(most=2.0, aim=1.5)) for keep in (_K2, _K5)),
+    *(Case("ties_merge", FP32, keep, Target(most=2.2, aim=2.0)) for keep in (_K2, _K5)),
+    *(Case("ties_merge", FP16, keep, Target(most=3.5, aim=2.0)) for keep in (_K2, _K5)),
+    *(Case("ties_merge", EIGHT, keep, Target(most=3.5, aim=2.0)) for keep in (_K2, _K5)),
+    *(Case("dare_merge", spec, _D5, Target(most=3.0, aim=2.0)) for spec in (LARGE, FP16, EIGHT)),
+    *(Case("dare_merge", spec, _CONSENSUS, Target(most=3.8, aim=2.5)) for spec in (LARGE, FP16, EIGHT)),
+    Case("dare_merge", FP32, _D5, Target(most=2.0, aim=2.0)),
+    Case("dare_merge", FP32, _CONSENSUS, Target(most=2.2, aim=2.2)),
+    *(Case("kth_magnitude", spec, _D2) for spec in (STUDENT, BLOCKS)),
+    *(Case("ties_merge", spec, _K2) for spec in (TIED, STUDENT, BLOCKS)),
+    *(_index(spec, _D2) for spec in (LARGE, FP32, EIGHT, TIED, STUDENT, BLOCKS)),
+)  # fmt: skip
+
+_CORE = tuple(case for case in _FULL if case.target.of == "ideal" and case.target.most)
+_VARIANTS = (
+    *(Case(c.op, c.spec, c.options, out="fresh") for c in _CORE if c.op != "kth_magnitude"),
+    *(Case(c.op, c.spec, c.options, Target(c.name, least=1.6, aim=1.85), threads=1) for c in _CORE),
+    *(Case(c.op, c.spec, c.options, Target(c.name, most=2.0, aim=1.4), isa="avx2") for c in _CORE),
+    *(Case(c.op, c.spec, c.options, Target("MiB", most=96), kind="memory") for c in _CORE),
+    *(Case(c.op, Spec((1, 64)), c.options, Target("us", most=15, aim=5), kind="call") for c in _FULL),
+)
+
+CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS)

@@ -1,0 +1,181 @@
+"""From rows to something to read: the table in the terminal, the README's table, and the file of a run.
+
+``python -m pykernels.bench.report README`` rewrites the README's table from ``bench/results/``;
+``--check`` only says whether it is current.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Run = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- bench:begin (generated) -->", "<!-- bench:end -->"
+HEAD = ("case", "ms", "GB/s", "% of copy", "x ideal", "target", "x faster than")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to; nothing that names the computer itself."""
+    import torch
+
+    from pykernels import native
+    from pykernels.bench import peers
+
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "isa": native.isa(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pykernels": version("pykernels"),
+        "peers": peers.installed(),
+    }
+
+
+def slug(about: dict[str, Any]) -> str:
+    """File name of a machine's results: ``amd-epyc-avx512-2-threads``."""
+    text = f"{about['cpu']} {about['isa']} {about['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def save(run: Run, path: Path | None = None) -> Path:
+    """Write a run as JSON, by default to ``bench/results/<machine>.json``."""
+    path = path or RESULTS / f"{slug(run['machine'])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(run), indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> Run:
+    """Read a saved run."""
+    run: Run = json.loads(path.read_text())
+    return run
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of the table as text, in the order of its head."""
+    if row["kind"] != "time":
+        return (row["name"], f"{row['value']:.3g} {row['unit']}", "", "", "", target(row), "")
+    beaten = ", ".join(f"{p['name']} {p['x']:.3g}x" for p in row.get("peers", ()))
+    return (
+        row["name"], f"{row['value']:.2f}", f"{row['gbs']:.1f}", f"{100 * row['of_copy']:.0f} %",
+        f"{row['x_ideal']:.2f}", target(row), beaten,
+    )  # fmt: skip
+
+
+def target(row: Row) -> str:
+    """The row's bound, where it has one, and whether it was met: ``<= 1.3: yes``."""
+    bound = row["target"]
+    if "met" not in row:
+        return ""
+    sign, value = ("<=", bound["most"]) if "most" in bound else (">=", bound["least"])
+    of = bound["of"]
+    got = "" if of == "ideal" or row["kind"] != "time" else f" of {_short(row, of)} (is {row['ratio']:.2f})"
+    return f"{sign} {value:g}{got}: {'yes' if row['met'] else 'NO'}"
+
+
+def _short(row: Row, of: str) -> str:
+    """What differs in the row that this one is held against."""
+    differs = [word for word in of.split() if word not in row["name"].split()]
+    return " ".join(differs) or "the same row"
+
+
+def markdown(run: Run) -> str:
+    """A run as a Markdown section: what it ran on, its controls, its rows."""
+    about, control = run["machine"], run["controls"]
+    peers = ", ".join(f"{name} {number}" for name, number in about["peers"].items())
+    lines = [
+        f"**{about['cpu']}**, {about['threads']} threads, {about['isa']}, torch {about['torch']}"
+        + (f", against {peers}" if peers else "")
+        + f". Control before and after the rows: {control['before']['ideal']:.1f} and "
+        f"{control['after']['ideal']:.1f} GB/s; copy {control['before']['copy']:.1f} and "
+        f"{control['after']['copy']:.1f} GB/s.",
+        "",
+        "| " + " | ".join(HEAD) + " |",
+        "|---" * len(HEAD) + "|",
+        *("| " + " | ".join(cells(row)) + " |" for row in run["rows"]),
+    ]
+    if engine := run.get("engine"):
+        lines += ["", *engine_lines(engine)]
+    return "\n".join(lines)
+
+
+def engine_lines(engine: dict[str, Any]) -> list[str]:
+    """The end-to-end figures as a Markdown table."""
+    return [
+        f"Whole checkpoints: {engine['about']}.",
+        "",
+        "| merge | seconds | against | seconds | ratio | target |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {r['name']} | {r['seconds']:.2f} | {r['against']} | {r['control']:.2f} "
+            f"| {r['ratio']:.2f} | {r['target']} |"
+            for r in engine["rows"]
+        ),
+    ]
+
+
+def readme_table(results: Path = RESULTS) -> str:
+    """What stands between the README's markers: one section per committed run."""
+    runs = [load(path) for path in sorted(results.glob("*.json"))]
+    if not runs:
+        return "No run is committed yet; `pykernels bench` prints the table for your machine."
+    return "\n\n".join(markdown(run) for run in runs)
+
+
+def write_readme(path: Path, *, check: bool = False) -> bool:
+    """Put the table between the README's markers; returns whether it was current before."""
+    text = path.read_text()
+    head, begin, rest = text.partition(BEGIN)
+    old, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path}: has no lines {BEGIN} and {END}")
+    new = f"\n{readme_table()}\n"
+    if not check and new != old:
+        path.write_text(head + begin + new + end + tail)
+    return new == old
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits: the rest is noise and makes diffs unreadable."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _cpu() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``README [--check]``: the path of the README, or the word for the one of the source tree."""
+    check = "--check" in arguments
+    names = [a for a in arguments if a != "--check"]
+    if len(names) != 1:
+        print("usage: python -m pykernels.bench.report README [--check]", file=sys.stderr)
+        return 2
+    path = Path(__file__).parent.parent / "README.md" if names[0] == "README" else Path(names[0])
+    current = write_readme(path, check=check)
+    print(f"{path.name}: {'current' if current else 'out of date' if check else 'rewritten'}")
+    return 1 if check and not current else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
