@@ -178,7 +178,8 @@ def _sources(found: Match, want: TensorInfo, layout: Model, readers: Sequence[Mo
 
 def _extra(found: Match, layout: Model, model: Model) -> None:
     """Tensors without a place in the layout: a stored copy of a tied tensor is fine, all else an error."""
-    known = layout.checkpoint.tensors.keys() | set(found.dropped)
+    read = {s.name for o in found.outputs for s in (o.base, *o.tuned) if s and s.model == model.index}
+    known = layout.checkpoint.tensors.keys() | set(found.dropped) | read
     for name in sorted(model.checkpoint.tensors.keys() - known, key=natural):
         info = model.checkpoint.tensors[name]
         twin = _alias(model, name, info.shape)
