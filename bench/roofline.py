@@ -1,8 +1,8 @@
 """The harness: interleaved calls on rotating inputs, medians, and the control that every row is divided by.
 
-The control ("ideal") is the XOR of all inputs of the row with a non-temporal store of one output, over the same
-buffers in the same loop: what memory allows. It is printed before and after the rows as well, because a machine
-that somebody else uses moves under the benchmark.
+The control ("ideal") is the XOR of all inputs of the row with a non-temporal store of one output, over
+the same buffers in the same loop: what memory allows. It is printed before and after the rows too, as a
+machine that somebody else uses moves under the benchmark.
 """
 
 from __future__ import annotations
