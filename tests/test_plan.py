@@ -310,6 +310,15 @@ def test_notes_of_linear(llamas):
     )
 
 
+def test_tied_tensors_that_part_are_noted(zoo):
+    for name in ("base", "a"):
+        zoo.add(name, LLAMA, TIED)
+    parameters = {"weight": [{"filter": "lm_head", "value": 2}, {"value": 1}]}
+    says = "'lm_head.weight' and 'model.embed_tokens.weight' are tied but get different parameters"
+    assert says in zoo.notes(tuned="a", parameters=parameters)
+    assert says not in zoo.notes(tuned="a")
+
+
 def test_no_notes_where_nothing_differs(zoo):
     for name in ("base", "a"):
         zoo.add(name, LLAMA, UNTIED, default=torch.float32)

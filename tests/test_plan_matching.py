@@ -187,6 +187,12 @@ def test_an_unknown_model_lists_those_beside_it(llamas):
     assert llamas.refused(base="bsae").startswith("recipe: base_model: ")
 
 
+def test_an_unknown_model_with_nothing_beside_it(zoo):
+    recipe = zoo.recipe("linear", None, ["none/such"])
+    with pytest.raises(PlanError, match=r"models\[0\].model: .*none/such': no such directory"):
+        make_plan(read_recipe(recipe))
+
+
 def test_a_model_named_in_two_ways_is_an_error(llamas):
     recipe = llamas.recipe("ties", "base", ["a"])
     recipe["models"].append({"model": f"{llamas.home}/./a"})
@@ -199,6 +205,8 @@ def test_a_model_named_in_two_ways_is_an_error(llamas):
 def test_faulty_files_and_configs_are_named(llamas):
     (llamas.home / "a/config.json").write_text("[1]")
     assert "a/config.json': must be a JSON object of at most" in llamas.refused()
+    (llamas.home / "a/config.json").write_text("{")
+    assert "a/config.json': must be a JSON object" in llamas.refused()
     (llamas.home / "a/config.json").unlink()
     (llamas.home / "a/config.json").symlink_to("/etc/hostname")
     assert "leads out of the model directory" in llamas.refused()

@@ -81,6 +81,8 @@ def test_a_file_that_is_none(tmp_path):
     assert "not UTF-8 text at byte 17" in refused(tmp_path / "latin.yml")
     (tmp_path / "large.yml").write_bytes(b"#" * 1_000_001)
     assert "longer than 1000000 bytes" in refused(tmp_path / "large.yml")
+    assert "longer than 1000000 bytes" in refused("\n" + "\u00e9" * 500_001)
+    assert "cannot be read: " in refused("x" * 5000)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,11 @@ def test_alias_bombs_are_refused_at_once():
     start = time.monotonic()
     assert "more than 100000 values once aliases are expanded" in refused(bomb)
     assert time.monotonic() - start < 1
+
+
+def test_an_anchored_value_may_be_used_again():
+    recipe = read_recipe("merge_method: &m linear\nmodels: [{model: *m}]\nparameters: {weight: 1}\n")
+    assert recipe.models[0].model == "linear"
 
 
 def test_anchors_and_merge_keys_work():

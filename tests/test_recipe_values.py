@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pykernels.engine.recipe import RecipeError, read_recipe
+from pykernels.engine.settings import reader
+from pykernels.methods import Method
 from tests.test_recipe import refused, ties
 
 
@@ -59,6 +61,11 @@ def test_values_that_are_refused(parameters, says):
     message = refused(ties(parameters=parameters))
     assert message.startswith("recipe: parameters." + says)
     assert len(message) < 300
+
+
+def test_a_method_row_with_a_default_of_no_known_kind_is_a_fault_of_the_table():
+    with pytest.raises(TypeError, match="parameter gamma of odd has a default of an unknown kind: None"):
+        reader(Method("odd", "no paper", True, {}, {"gamma": None}), "gamma")
 
 
 def test_values_of_a_model_are_named_by_its_place():

@@ -1,4 +1,4 @@
-"""Where a recipe gives other numbers here than in mergekit 0.1.5, as sentences for the plan."""
+"""Where a recipe gives other numbers here than in mergekit 0.1.5, or than meant: sentences for the plan."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 
 def differences(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
-    """Notes on everything that mergekit computes differently, and on filters that match nothing."""
+    """Notes on all that mergekit computes differently, on tied tensors that part, and on idle filters."""
     merged = [o for o in outputs if o.action == "merge"]
-    notes = [*_arithmetic(recipe, merged), *_rules(recipe, merged), *_dare(recipe, merged)]
+    notes = [*_arithmetic(recipe, merged), *_rules(recipe, merged), *_dare(recipe, merged), *_untied(merged)]
     if recipe.base_model is not None and not recipe.method.needs_base:
         listed = recipe.base_model in [m.model for m in recipe.models]
         if not listed:
@@ -106,6 +106,15 @@ def _dare(recipe: Recipe, merged: Sequence[Output]) -> list[str]:
     if any(o.params["rescale"] == "density" for o in dropped):
         notes.append("rescale density (or true): divides by the density; mergekit's is rescale: l1")
     return notes
+
+
+def _untied(merged: Sequence[Output]) -> list[str]:
+    params = {o.name: o.params for o in merged}
+    return [
+        f"{shown(o.name)} and {shown(o.alias_of)} are tied but get different parameters: the result is not"
+        for o in merged
+        if o.alias_of is not None and o.params != params[o.alias_of]
+    ]
 
 
 def _filters(recipe: Recipe) -> list[str]:
