@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,9 @@ def _against_copy(place: Path, models: list[Path]) -> list[dict[str, Any]]:
         ("hot, durable", _DURABLE, True),
     ):
         calls: dict[str, Callable[[], float]] = {
-            "copy": lambda durable=durable: copy_seconds(place, files, durable=durable)
-        }  # type: ignore[misc]
-        for method in targets:
-            calls[method] = lambda method=method, durable=durable: _merge(place, method, durable)[0]  # type: ignore[misc]
+            "copy": partial(copy_seconds, place, files, durable=durable),
+            **{method: partial(_engine_seconds, place, method, durable) for method in targets},
+        }
         seconds: dict[str, list[float]] = {call: [] for call in calls}
         for _ in range(ROUNDS):
             for call, run in calls.items():
@@ -142,6 +142,10 @@ def copy_seconds(place: Path, files: list[Path], *, durable: bool = False) -> fl
     took = time.perf_counter() - start
     out.unlink()
     return took
+
+
+def _engine_seconds(place: Path, method: str, durable: bool) -> float:
+    return _merge(place, method, durable)[0]
 
 
 def _merge(place: Path, method: str, durable: bool) -> tuple[float, float]:

@@ -27,13 +27,13 @@ def machine() -> dict[str, Any]:
     """What the figures belong to; nothing that names the computer itself."""
     import torch
 
-    from pykernels import native
+    from pykernels import _C
     from pykernels.bench import peers
 
     return {
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "isa": native.isa(),
+        "isa": _C.isa(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,

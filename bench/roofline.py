@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pykernels import native
+from pykernels import _C, native
 from pykernels.bench import peers
 from pykernels.bench.cases import CASES, Case
 from pykernels.bench.inputs import Inputs, Spec, make, sets
@@ -194,8 +194,7 @@ def run(select: Callable[[Case], bool], *, with_peers: bool = True) -> Iterator[
 
 def runs_here(case: Case) -> bool:
     """Whether the machine has the row's instruction set and threads."""
-    fastest = native.isa()
-    if case.isa and (case.isa == fastest or case.isa not in native.levels()):
+    if case.isa and (case.isa == _C.isa() or case.isa not in native.isas()):
         return False
     return case.threads is None or case.threads < torch.get_num_threads()
 

@@ -61,7 +61,8 @@ def train(model: Classifier, split: Split, *, epochs: int, rate: float, seed: in
     """AdamW on noisy images, batches of 64."""
     images, labels = split
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    learn = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learn, lr=rate)
     for _ in range(epochs):
         for batch in torch.randperm(len(labels), generator=random).split(64):
             noisy = images[batch] + 0.1 * torch.randn(images[batch].shape, generator=random)
@@ -80,7 +81,7 @@ def pretrain(split: Split) -> Classifier:
 
 
 def finetune(base: Classifier, split: Split, task: str, seed: int) -> Classifier:
-    """An expert: the base trained on one task, its head kept so that the experts speak of the same classes."""
+    """An expert: the base trained on one task, its head kept so that all experts mean the same classes."""
     model = copy.deepcopy(base)
     model.head.requires_grad_(False)
     return train(model, of_task(split, task), epochs=8, rate=2e-4, seed=seed)
