@@ -1,0 +1,175 @@
+// The only file that knows pybind11: addresses, sizes and codes in, nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "drive/isa.h"
+#include "drive/merge.h"
+#include "drive/process.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+using Floats = std::vector<float>;
+using Counts = std::vector<int64_t>;
+using Words = std::vector<uint32_t>;
+
+const void* at(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+void* at_mutable(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+/// Tensors as addresses; owns the array of pointers that Inputs refers to.
+struct Tensors {
+  std::vector<const void*> pointers;
+  pk::Inputs in;
+
+  Tensors(int dtype, uintptr_t base, const Addresses& tuned, int64_t numel) {
+    if (tuned.size() > size_t(pk::cpu::kMaxModels)) throw std::invalid_argument("at most 64 tensors");
+    for (uintptr_t a : tuned) pointers.push_back(at(a));
+    in = {dtype, at(base), pointers.data(), int(pointers.size()), numel};
+  }
+};
+
+pk::Task task_of(const Tensors& t, uintptr_t out, int out_dtype, Floats weight, int threads) {
+  pk::Task task{};
+  task.in = t.in;
+  task.out = at_mutable(out);
+  task.out_dtype = out_dtype;
+  task.weight = std::move(weight);
+  task.lambda = 1;
+  task.threads = threads;
+  return task;
+}
+
+void linear_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
+                  Floats weight, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  py::gil_scoped_release release;
+  pk::linear_merge(task_of(t, out, out_dtype, std::move(weight), threads));
+}
+
+void ties_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
+                const Words& key, const Counts& last, Floats weight, Floats vote, Floats share, float lambda,
+                int combine, int64_t offset, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  py::gil_scoped_release release;
+  pk::Task task = task_of(t, out, out_dtype, std::move(weight), threads);
+  task.vote = std::move(vote);
+  task.share = std::move(share);
+  task.lambda = lambda;
+  task.combine = combine;
+  task.offset = offset;
+  std::vector<pk::Cut> cuts;
+  for (size_t m = 0; m < key.size(); m++) cuts.push_back({key[m], last[m]});
+  pk::ties_merge(task, cuts);
+}
+
+void ties_fused(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
+                const Counts& k, bool keep_equals, Floats weight, Floats vote, Floats share, float lambda,
+                int combine, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  py::gil_scoped_release release;
+  pk::Task task = task_of(t, out, out_dtype, std::move(weight), threads);
+  task.vote = std::move(vote);
+  task.share = std::move(share);
+  task.lambda = lambda;
+  task.combine = combine;
+  pk::ties_fused(task, k.data(), keep_equals);
+}
+
+void dare_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
+                Words threshold, Words index, uint64_t key, Floats weight, Floats vote, Floats share, float lambda,
+                int combine, int64_t offset, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  py::gil_scoped_release release;
+  pk::Task task = task_of(t, out, out_dtype, std::move(weight), threads);
+  task.threshold = std::move(threshold);
+  task.index = std::move(index);
+  task.key = key;
+  task.vote = std::move(vote);
+  task.share = std::move(share);
+  task.lambda = lambda;
+  task.combine = combine;
+  task.offset = offset;
+  pk::dare_merge(task);
+}
+
+void l1_norms(uintptr_t sums, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel, Words threshold,
+              Words index, uint64_t key, int64_t offset, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  py::gil_scoped_release release;
+  pk::Task task = task_of(t, 0, pk::kF32, {}, threads);
+  task.threshold = std::move(threshold);
+  task.index = std::move(index);
+  task.key = key;
+  task.offset = offset;
+  pk::l1_norms(task, static_cast<double*>(at_mutable(sums)));
+}
+
+std::pair<Words, Counts> kth_magnitude(int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
+                                       const Counts& k, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  Words key;
+  Counts last;
+  {
+    py::gil_scoped_release release;
+    for (const pk::Cut& cut : pk::kth_magnitude(t.in, k.data(), threads)) {
+      key.push_back(cut.key);
+      last.push_back(cut.last);
+    }
+  }
+  return {key, last};
+}
+
+void magnitude_histogram(uintptr_t bins, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel, int shift,
+                         const std::optional<Words>& prefix, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  py::gil_scoped_release release;
+  pk::histogram(t.in, shift, prefix ? prefix->data() : nullptr, static_cast<int64_t*>(at_mutable(bins)), threads);
+}
+
+void elect_sign(uintptr_t out, int dtype, const Addresses& deltas, int64_t numel, Floats weight, int combine,
+                int threads) {
+  const Tensors t(dtype, 0, deltas, numel);
+  py::gil_scoped_release release;
+  pk::Task task = task_of(t, 0, dtype, std::move(weight), threads);
+  task.combine = combine;
+  pk::elect_sign(static_cast<int8_t*>(at_mutable(out)), task);
+}
+
+int64_t count_nonfinite(int dtype, uintptr_t data, int64_t numel) {
+  py::gil_scoped_release release;
+  return pk::kernels().count_nonfinite(dtype, at(data), 0, numel);
+}
+
+void ideal(uintptr_t out, const Addresses& inputs, int64_t bytes, int threads) {
+  std::vector<const void*> pointers;
+  for (uintptr_t a : inputs) pointers.push_back(at(a));
+  if (out % 64 || bytes % 64) throw std::invalid_argument("ideal: out and bytes must be multiples of 64");
+  py::gil_scoped_release release;
+  const int64_t lines = bytes / 64, step = 4096;
+  pk::parallel_chunks((lines + step - 1) / step, threads, [&](int64_t c, int) {
+    pk::kernels().ideal(at_mutable(out), pointers.data(), int(pointers.size()), c * step,
+                        std::min(lines, (c + 1) * step));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled CPU kernels of pykernels; addresses in, nothing checked: use the functions of pykernels.";
+  m.def("linear_merge", &linear_merge);
+  m.def("ties_merge", &ties_merge);
+  m.def("ties_fused", &ties_fused);
+  m.def("dare_merge", &dare_merge);
+  m.def("l1_norms", &l1_norms);
+  m.def("kth_magnitude", &kth_magnitude);
+  m.def("magnitude_histogram", &magnitude_histogram);
+  m.def("elect_sign", &elect_sign);
+  m.def("count_nonfinite", &count_nonfinite);
+  m.def("ideal", &ideal);
+  m.def("advise_huge", [](uintptr_t data, size_t bytes) { pk::advise_huge(at_mutable(data), bytes); });
+  m.def("isas", &pk::isas);
+  m.def("isa", [] { return std::string(pk::kernels().name); });
+  m.def("use_isa", &pk::use_isa);
+}

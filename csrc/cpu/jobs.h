@@ -1,0 +1,82 @@
+// What the drivers hand to the kernels: plain data, no ownership. And the table of kernels per instruction set.
+#pragma once
+#include <cstdint>
+
+#include "../math/dtype.h"
+
+namespace pk::cpu {
+
+constexpr int kMaxModels = 64;
+constexpr int kTile = 128;        // elements whose 16-bit draws come from 16 Philox calls of four words
+constexpr int64_t kBlock = 4096;   // elements of a block that stays in the first-level cache
+constexpr int64_t kChunk = 65536;  // elements that a thread takes at a time
+
+/// One model's part in a merge.
+struct Model {
+  const void* data;
+  float weight, vote, share;
+  uint32_t key;        // kept iff the delta's key is at least this (magnitude kernels)
+  uint32_t threshold;  // kept iff the 16-bit draw is below this (random kernels)
+  uint32_t index;      // the model's number in the counter of its draws
+};
+
+/// out = base + lambda * combine(models); base may be null (0).
+struct Merge {
+  void* out;
+  const void* base;
+  const Model* models;
+  int n;
+  int dtype, out_dtype;
+  float lambda;
+  bool stream;          // non-temporal stores
+  int64_t offset;       // flat index of element 0 in its tensor, a multiple of 128 for random kernels
+  uint32_t key0, key1;  // of the draws
+};
+
+/// One model's search for its k-th magnitude: keys in [low, high) are written to `keys`, those >= high counted.
+struct Band {
+  const void* data;
+  uint32_t low, high;
+  bool single;  // high == low + 1: nothing is written, the equals are counted
+  bool keep_low;  // fused merges, single only: keys equal to low are kept in this chunk
+  int64_t above, at_least;  // out: how many keys are >= high, >= low
+  uint32_t* keys;
+  int64_t stored, capacity;
+};
+
+/// Elements of a fused merge whose fate the band leaves open, as small tensors of their own.
+struct Records {
+  int64_t* index;
+  void* base;
+  void* tuned[kMaxModels];
+  int64_t stored, capacity;
+  bool overflow;
+};
+
+enum Combine : int { kSum = 0, kWeighted = 1, kPlain = 2 };
+
+/// Kernels run on elements [begin, end) of the job; all indices are 64-bit.
+struct Kernels {
+  const char* name;
+  void (*linear_merge)(const Merge&, int64_t begin, int64_t end);
+  void (*ties_merge)(const Merge&, int combine, int64_t begin, int64_t end);
+  void (*ties_fused)(const Merge&, int combine, Band*, Records*, int64_t begin, int64_t end);
+  void (*dare_merge)(const Merge&, int combine, int64_t begin, int64_t end);
+  void (*l1_norms)(const Merge&, double* sums, int64_t begin, int64_t end);
+  void (*count_band)(int dtype, const void* base, Band*, int n, int64_t begin, int64_t end);
+  void (*gather_keys)(int dtype, const void* base, const void* data, const int64_t* starts, int64_t groups,
+                      uint32_t* keys);
+  int64_t (*band_of_records)(int dtype, const Records&, int model, uint32_t low, uint32_t high, uint32_t* keys,
+                             uint32_t* places);
+  void (*histogram)(int dtype, const void* base, const void* data, int shift, bool all, uint32_t prefix,
+                    int64_t* bins, int64_t begin, int64_t end);
+  int64_t (*nth_equal)(int dtype, const void* base, const void* data, uint32_t key, int64_t n, int64_t begin,
+                       int64_t end);
+  void (*elect_sign)(int8_t* out, const Merge&, int combine, int64_t begin, int64_t end);
+  int64_t (*count_nonfinite)(int dtype, const void* data, int64_t begin, int64_t end);
+  void (*ideal)(void* out, const void* const* inputs, int n, int64_t begin, int64_t end);
+};
+
+constexpr int kSampleGroup = 32;  // consecutive elements that gather_keys takes per start
+
+}  // namespace pk::cpu

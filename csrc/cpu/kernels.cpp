@@ -1,0 +1,36 @@
+// The table of this instruction set's kernels.
+#include "jobs.h"
+
+namespace pk::cpu {
+namespace PK_ISA {
+
+void linear_merge(const Merge&, int64_t, int64_t);
+void ties_merge(const Merge&, int, int64_t, int64_t);
+void ties_fused(const Merge&, int, Band*, Records*, int64_t, int64_t);
+void dare_merge(const Merge&, int, int64_t, int64_t);
+void l1_norms(const Merge&, double*, int64_t, int64_t);
+void count_band(int, const void*, Band*, int, int64_t, int64_t);
+void gather_keys(int, const void*, const void*, const int64_t*, int64_t, uint32_t*);
+int64_t band_of_records(int, const Records&, int, uint32_t, uint32_t, uint32_t*, uint32_t*);
+void histogram(int, const void*, const void*, int, bool, uint32_t, int64_t*, int64_t, int64_t);
+int64_t nth_equal(int, const void*, const void*, uint32_t, int64_t, int64_t, int64_t);
+void elect_sign(int8_t*, const Merge&, int, int64_t, int64_t);
+int64_t count_nonfinite(int, const void*, int64_t, int64_t);
+void ideal(void*, const void* const*, int, int64_t, int64_t);
+
+}  // namespace PK_ISA
+
+#define PK_TEXT_OF(x) #x
+#define PK_TEXT(x) PK_TEXT_OF(x)
+#define PK_JOIN_OF(a, b) a##b
+#define PK_JOIN(a, b) PK_JOIN_OF(a, b)
+
+extern const Kernels PK_JOIN(kernels_, PK_ISA);
+const Kernels PK_JOIN(kernels_, PK_ISA) = {
+    PK_TEXT(PK_ISA),         PK_ISA::linear_merge,    PK_ISA::ties_merge,  PK_ISA::ties_fused, PK_ISA::dare_merge,
+    PK_ISA::l1_norms,        PK_ISA::count_band,      PK_ISA::gather_keys, PK_ISA::band_of_records,
+    PK_ISA::histogram,       PK_ISA::nth_equal,       PK_ISA::elect_sign,  PK_ISA::count_nonfinite,
+    PK_ISA::ideal,
+};
+
+}  // namespace pk::cpu

@@ -1,0 +1,46 @@
+// Exact k-th magnitudes: sample, bracket, count and compact, select, check; radix where the check fails.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "../cpu/jobs.h"
+
+namespace pk {
+
+/// base (may be null) and n tensors of one dtype.
+struct Inputs {
+  int dtype;
+  const void* base;
+  const void* const* data;
+  int n;
+  int64_t numel;
+};
+
+/// Kept iff key > this key, or key == this key and flat index <= last.
+struct Cut {
+  uint32_t key;
+  int64_t last;
+};
+
+constexpr uint32_t kNoneKept = 0xFFFFFFFFu;
+
+/// [low, high]: almost surely holds the k-th largest key. `share` is the part of the sample between them.
+struct Bracket {
+  uint32_t low, high;
+  double share;
+  double at_high;  // of the elements equal to high, the part that the rule "index" keeps
+};
+
+/// The key of the given rank, 0 for the largest. Reorders nothing; `spare` holds count words.
+uint32_t nth_largest(const uint32_t* keys, int64_t count, int64_t rank, uint32_t* spare);
+
+/// One bracket per model with 0 < k < numel, from a sample that depends on numel and dtype alone.
+std::vector<Bracket> brackets(const Inputs& in, const int64_t* k, int threads);
+
+/// The exact cut of every model.
+std::vector<Cut> kth_magnitude(const Inputs& in, const int64_t* k, int threads);
+
+/// Bins [n][65536] of (key >> shift) & 0xFFFF over the keys whose higher bits equal the model's prefix.
+void histogram(const Inputs& in, int shift, const uint32_t* prefix, int64_t* bins, int threads);
+
+}  // namespace pk

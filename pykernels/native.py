@@ -1,0 +1,205 @@
+"""Tensors to pointers, one short function per compiled op. Arguments were checked by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from pykernels import _C
+from pykernels.backends import Cut
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+COMBINE = {None: 0, "weighted": 1, "plain": 2}
+_NONE_KEPT = 0xFFFFFFFF
+
+_threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
+
+Tensors = Sequence[torch.Tensor]
+
+
+@contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Run kernels with ``count`` threads inside the block; None follows ``torch.get_num_threads()``."""
+    if count is not None and count < 1:
+        raise ValueError(f"use_threads: the number of threads must be at least 1, got {count}")
+    token = _threads.set(count)
+    try:
+        yield
+    finally:
+        _threads.reset(token)
+
+
+def threads() -> int:
+    """How many threads a kernel takes now."""
+    return _threads.get() or torch.get_num_threads()
+
+
+def isas() -> list[str]:
+    """Instruction sets that were compiled in and that this machine runs, best first."""
+    names: list[str] = _C.isas()
+    return names
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the kernels of instruction set ``name`` inside the block (all threads of the process)."""
+    before = _C.isa()
+    _C.use_isa(name)
+    try:
+        yield
+    finally:
+        _C.use_isa(before)
+
+
+def _inputs(base: torch.Tensor | None, tuned: Tensors) -> tuple[int, int, list[int], int]:
+    first = tuned[0]
+    return (
+        CODES[first.dtype], 0 if base is None else base.data_ptr(), [t.data_ptr() for t in tuned], first.numel()
+    )  # fmt: skip
+
+
+def linear_merge(out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, weight: list[float]) -> None:
+    """out = base + sum(weight * (tuned - base)), or sum(weight * tuned) without a base."""
+    if out.dtype not in CODES:
+        return _through_float32(linear_merge, out, base, tuned, weight)
+    _C.linear_merge(out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), weight, threads())
+
+
+task_arithmetic = linear_merge
+
+
+def kth_magnitude(base: torch.Tensor | None, tuned: Tensors, k: list[int]) -> Cut:
+    """The exact cut of every model: k kept, the lowest flat index first among equals."""
+    return Cut(*_C.kth_magnitude(*_inputs(base, tuned), k, threads()))
+
+
+def magnitude_histogram(
+    base: torch.Tensor | None, tuned: Tensors, shift: int, prefix: list[int] | None
+) -> torch.Tensor:
+    """Counts [n, 65536] of (key >> shift) & 0xFFFF over the keys whose higher bits equal the model's prefix."""
+    bins = torch.empty(len(tuned), 65536, dtype=torch.int64)
+    _C.magnitude_histogram(bins.data_ptr(), *_inputs(base, tuned), shift, prefix, threads())
+    return bins
+
+
+def ties_merge(
+    out: torch.Tensor,
+    base: torch.Tensor | None,
+    tuned: Tensors,
+    cut: Cut,
+    weight: list[float],
+    vote: list[float] | None,
+    share: list[float] | None,
+    lambda_: float,
+    elect: str | None,
+    offset: int = 0,
+) -> None:
+    """Trim by known cuts, elect, average: one pass."""
+    if out.dtype not in CODES:
+        return _through_float32(ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset)
+    key = [min(k, _NONE_KEPT) for k in cut.key]
+    _C.ties_merge(
+        out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), key, list(cut.last), weight, vote or [], share or [],
+        lambda_, COMBINE[elect], offset, threads(),
+    )  # fmt: skip
+
+
+def ties_fused(
+    out: torch.Tensor,
+    base: torch.Tensor | None,
+    tuned: Tensors,
+    k: list[int],
+    tie: str,
+    weight: list[float],
+    vote: list[float] | None,
+    share: list[float] | None,
+    lambda_: float,
+    elect: str | None,
+) -> None:
+    """Selection and merge in one pass over memory; ``out`` must share no memory with the inputs."""
+    if out.dtype not in CODES:
+        return _through_float32(ties_fused, out, base, tuned, k, tie, weight, vote, share, lambda_, elect)
+    _C.ties_fused(
+        out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), k, tie == "keep", weight, vote or [], share or [],
+        lambda_, COMBINE[elect], threads(),
+    )  # fmt: skip
+
+
+def dare_merge(
+    out: torch.Tensor,
+    base: torch.Tensor | None,
+    tuned: Tensors,
+    threshold: list[int],
+    model: list[int],
+    key: int,
+    weight: list[float],
+    vote: list[float] | None,
+    share: list[float] | None,
+    lambda_: float,
+    elect: str | None,
+    offset: int = 0,
+) -> None:
+    """Drop by stateless draws, then add up or elect and average: one pass."""
+    if out.dtype not in CODES:
+        return _through_float32(
+            dare_merge, out, base, tuned, threshold, model, key, weight, vote, share, lambda_, elect, offset
+        )
+    _C.dare_merge(
+        out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), threshold, model, key, weight, vote or [],
+        share or [], lambda_, COMBINE[elect], offset, threads(),
+    )  # fmt: skip
+
+
+def l1_norms(
+    base: torch.Tensor | None, tuned: Tensors, threshold: list[int], model: list[int], key: int, offset: int = 0
+) -> torch.Tensor:
+    """Sums [blocks, n, 2] in float64 of |delta| and the kept |delta| per block of 4096 elements."""
+    sums = torch.empty(-(-tuned[0].numel() // 4096), len(tuned), 2, dtype=torch.float64)
+    _C.l1_norms(sums.data_ptr(), *_inputs(base, tuned), threshold, model, key, offset, threads())
+    return sums
+
+
+def elect_sign(out: torch.Tensor, deltas: Tensors, weight: list[float], elect: str) -> None:
+    """+1 or -1 per element."""
+    code, _, addresses, numel = _inputs(None, deltas)
+    _C.elect_sign(out.data_ptr(), code, addresses, numel, weight, COMBINE[elect], threads())
+
+
+def trim(out: torch.Tensor, delta: torch.Tensor, cut: Cut, offset: int = 0) -> None:
+    """delta where kept, 0 elsewhere."""
+    ties_merge(out, None, [delta], cut, [1.0], None, None, 1.0, None, offset)
+
+
+def drop_rescale(
+    out: torch.Tensor, delta: torch.Tensor, threshold: int, key: int, scale: float, offset: int = 0
+) -> None:
+    """scale * delta where kept, 0 elsewhere."""
+    dare_merge(out, None, [delta], [threshold], [0], key, [scale], None, None, 1.0, None, offset)
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """How many elements of a contiguous tensor are NaN or infinite."""
+    if tensor.dtype not in CODES:
+        return int((~torch.isfinite(tensor)).sum())
+    count: int = _C.count_nonfinite(CODES[tensor.dtype], tensor.data_ptr(), tensor.numel())
+    return count
+
+
+def ideal(out: torch.Tensor, inputs: Tensors, count: int | None = None) -> None:
+    """XOR of all inputs written past the cache: the benchmarks' control, the least that a merge must move."""
+    _C.ideal(out.data_ptr(), [t.data_ptr() for t in inputs], out.numel() * out.element_size(), count or threads())
+
+
+def advise_huge(tensor: torch.Tensor) -> None:
+    """Ask for huge pages behind a fresh tensor."""
+    _C.advise_huge(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def _through_float32(function: object, out: torch.Tensor, *args: object) -> None:
+    """float64 outputs of narrower inputs: the kernel's float32 result, widened."""
+    narrow = torch.empty(out.shape, dtype=torch.float32)
+    function(narrow, *args)  # type: ignore[operator]
+    out.copy_(narrow)
