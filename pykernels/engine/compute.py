@@ -1,0 +1,199 @@
+"""One output tensor through its method: sources in, chunks or whole, straight into the writer's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Protocol
+
+import torch
+
+from pykernels.engine.files import TORCH_DTYPE
+from pykernels.engine.mapped import Inputs
+from pykernels.engine.units import Output, Plan, Source
+from pykernels.methods import METHODS, Method, Params, Statistic
+
+BLOCK = 4096
+"""Elements; chunks start at multiples of it: statistics and random draws are defined on such blocks."""
+CHUNK_BYTES = 8 << 20
+MIN_MEMORY = 1_000_000
+
+
+class Sink(Protocol):
+    """Where outputs go: memory for the next bytes of the current file."""
+
+    def reserve(
+        self, nbytes: int, dtype: torch.dtype, tensor: int | None, *, last: bool = False
+    ) -> torch.Tensor:
+        """The next ``nbytes`` bytes as a 1-D tensor to fill."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How ``memory`` bytes of anonymous memory are shared out for one plan."""
+
+    memory: int
+    chunk: int
+    whole: int
+    ring: int
+
+    @staticmethod
+    def of(plan: Plan, memory: int) -> Budget:
+        """``chunk`` bytes of output at a time; a tensor of up to ``whole`` bytes may be computed at once.
+
+        The ring then holds two of the largest, so that one is computed while the other is written.
+        Raises ValueError for less memory than the smallest chunks need.
+        """
+        if memory < MIN_MEMORY:
+            raise ValueError(f"memory must be at least {MIN_MEMORY} bytes, got {memory}")
+        method = METHODS[plan.method]
+        merged = [out for out in plan.outputs if out.action == "merge"]
+        scratch = max((method.scratch(o.numel, len(o.tuned)) for o in merged), default=0)
+        chunk = min(CHUNK_BYTES, max(BLOCK * 8, memory // 16))
+        room = (memory - scratch - (4 << 20)) // 2
+        whole = room if scratch and room > 0 else 0
+        largest = max((out.nbytes for out in merged if out.nbytes <= whole), default=0)
+        return Budget(memory, chunk, whole, max(4 * chunk, 2 * largest + 2 * BLOCK))
+
+
+class Compute:
+    """Runs the outputs of one plan. ``done(nbytes, name)`` hears after every chunk how much was moved."""
+
+    def __init__(self, plan: Plan, inputs: Inputs, budget: Budget, done: Callable[[int, str], None]) -> None:
+        self._plan = plan
+        self._method: Method = METHODS[plan.method]
+        self._inputs = inputs
+        self._budget = budget
+        self._done = done
+        self._model_stats: Any = None
+        self._wide: list[torch.Tensor] = []
+
+    def survey(self) -> None:
+        """Scope "model": the passes over all merged tensors that must come before the first is merged."""
+        segment = self._plan.segment() if self._plan.scope == "model" else []
+        if not segment:
+            return
+        total = sum(out.numel for out in segment)
+        statistic = self._method.statistic(segment[0].params, total)
+        if statistic is None:
+            return
+        while not statistic.done:
+            for out in segment:
+                self._observe(statistic, out, out.flat or 0)
+            statistic.next_round()
+        self._model_stats = statistic.finish()
+
+    def run(self, index: int, out: Output, sink: Sink) -> None:
+        """Output number ``index`` of the plan, into ``sink``."""
+        if out.nbytes == 0:
+            return
+        if out.action == "copy":
+            self._copy(index, out, sink)
+        else:
+            self._merge(index, out, sink)
+        for source in out.sources:
+            self._inputs.drop(source)
+
+    def _copy(self, index: int, out: Output, sink: Sink) -> None:
+        for start in range(0, out.nbytes, self._budget.chunk):
+            count = min(self._budget.chunk, out.nbytes - start)
+            target = sink.reserve(count, torch.uint8, index, last=start + count == out.nbytes)
+            target.copy_(self._inputs.bytes(out.sources[0], start, count))
+            self._done(count * (1 + len(out.sources)), out.name)
+
+    def _merge(self, index: int, out: Output, sink: Sink) -> None:
+        dtype, p, method = TORCH_DTYPE[out.dtype], out.params, self._method
+        stats, statistic = None, None
+        if self._model_stats is not None:
+            stats = self._model_stats.at(out.flat or 0)
+        else:
+            statistic = method.statistic(p, out.numel)
+        step = self._step(out)
+        if statistic is not None and out.nbytes <= self._budget.whole and out.numel <= self._exact(out):
+            target = sink.reserve(out.nbytes, dtype, index, last=True)
+            base, tuned = self._tensors(out, 0, out.numel)
+            merge_whole(method, p, target, base, tuned, statistic)
+            self._done(out.nbytes + sum(s.nbytes for s in out.sources), out.name)
+            return
+        if statistic is not None:
+            stats = self._stats(statistic, out)
+        for first, count in _chunks(out.numel, step):
+            target = sink.reserve(count * dtype.itemsize, dtype, index, last=first + count == out.numel)
+            base, tuned = self._tensors(out, first, count)
+            method.merge(p, target, base, tuned, first, stats)
+            self._done(count * (dtype.itemsize + self._width(out)), out.name)
+
+    def _stats(self, statistic: Statistic, out: Output) -> Any:
+        while not statistic.done:
+            self._observe(statistic, out, 0)
+            statistic.next_round()
+        return statistic.finish()
+
+    def _observe(self, statistic: Statistic, out: Output, start: int) -> None:
+        """Show all of ``out`` to a statistic of which it begins at flat index ``start``."""
+        # Mapped inputs cost no memory: one chunk for the whole tensor lets the selection finish in one round.
+        step = self._exact(out) if self._exact(out) < out.numel else max(out.numel, 1)
+        for first, count in _chunks(out.numel, step):
+            base, tuned = self._tensors(out, first, count)
+            statistic.update(base, tuned, start + first)
+
+    def _width(self, out: Output) -> int:
+        return sum(TORCH_DTYPE[source.dtype].itemsize for source in out.sources)
+
+    def _step(self, out: Output) -> int:
+        """Elements per chunk of the merge pass."""
+        fit = self._budget.chunk // TORCH_DTYPE[out.dtype].itemsize // BLOCK * BLOCK
+        return max(BLOCK, min(fit, self._exact(out)))
+
+    def _exact(self, out: Output) -> int:
+        """Elements that inputs can give at once: all of them, or what fits where they are first widened."""
+        if len({source.dtype for source in out.sources}) == 1:
+            return out.numel
+        fit = self._budget.chunk * 2 // (_common(out.sources).itemsize * len(out.sources))
+        return max(BLOCK, fit // BLOCK * BLOCK)
+
+    def _tensors(self, out: Output, first: int, count: int) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Base and tuned chunks in one dtype: aliases of the files, or widened where dtypes differ."""
+        read = [self._inputs.elements(source, first, count) for source in out.sources]
+        common = _common(out.sources)
+        if any(chunk.dtype != common for chunk in read):
+            read = [self._widened(i, chunk, common) for i, chunk in enumerate(read)]
+        return (read[0], read[1:]) if out.base else (None, read)
+
+    def _widened(self, place: int, chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        while len(self._wide) <= place:
+            self._wide.append(torch.empty(0, dtype=torch.uint8))
+        need = chunk.numel() * dtype.itemsize
+        if self._wide[place].numel() < need:
+            self._wide[place] = torch.empty(need, dtype=torch.uint8)
+        return self._wide[place][:need].view(dtype).copy_(chunk)
+
+
+def merge_whole(
+    method: Method,
+    p: Params,
+    out: torch.Tensor,
+    base: torch.Tensor | None,
+    tuned: list[torch.Tensor],
+    statistic: Statistic | None = None,
+) -> None:
+    """A whole tensor at once: in the method's fused form where it has one, else statistic, then merge."""
+    statistic = statistic or method.statistic(p, out.numel())
+    if statistic is None:
+        method.merge(p, out, base, tuned, 0, None)
+    elif not method.whole(p, out, base, tuned):
+        while not statistic.done:
+            statistic.update(base, tuned, 0)
+            statistic.next_round()
+        method.merge(p, out, base, tuned, 0, statistic.finish())
+
+
+def _common(sources: tuple[Source, ...]) -> torch.dtype:
+    """The smallest dtype that holds every value of all sources exactly."""
+    return reduce(torch.promote_types, (TORCH_DTYPE[source.dtype] for source in sources))
+
+
+def _chunks(numel: int, step: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, numel, step):
+        yield first, min(step, numel - first)

@@ -1,0 +1,103 @@
+"""Input files mapped into memory: tensors that alias the page cache, no copy and no anonymous memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pykernels.engine.files import TORCH_DTYPE, FileError, FileIdentity, open_regular, shown
+from pykernels.engine.units import Source
+
+PAGE = 4096
+MAX_OPEN = 64
+"""Files mapped at once: a model may have hundreds, and descriptors are few."""
+
+with warnings.catch_warnings():
+    # torch says once per process that a read-only buffer must not be written to; nothing here writes to one.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+class MappedFile:
+    """One file, mapped read-only. Its tensors outlive ``close``, which then leaves the map to them."""
+
+    def __init__(self, path: str, identity: FileIdentity | None = None) -> None:
+        """Raises FileError when the file is no longer the one that ``identity`` was taken of."""
+        with open_regular(Path(path)) as handle:
+            check_identity(path, os.fstat(handle), identity)
+            self._map = mmap.mmap(handle, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self._advise("MADV_SEQUENTIAL", 0, len(self._map))
+
+    def tensor(self, start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """Bytes ``start`` to ``end`` as a 1-D tensor that aliases the file, at any alignment; read-only."""
+        if end == start:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
+
+    def drop(self, start: int, end: int) -> None:
+        """These bytes are not needed again soon: their pages leave this process, not the page cache."""
+        self._advise("MADV_DONTNEED", -(-start // PAGE) * PAGE, end // PAGE * PAGE)
+
+    def close(self) -> None:
+        """Unmap, unless tensors still hold the map."""
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # the last tensor's end unmaps
+
+    def _advise(self, advice: str, start: int, end: int) -> None:
+        if end > start and hasattr(mmap, advice):
+            self._map.madvise(getattr(mmap, advice), start, end - start)
+
+
+def check_identity(path: str, status: os.stat_result, identity: FileIdentity | None) -> None:
+    """Raise FileError when size or modification time differ from those that the plan was made with."""
+    if identity and (status.st_size, status.st_mtime_ns) != (identity.size, identity.mtime_ns):
+        raise FileError(
+            f"{shown(path, 300)}: changed since its header was read: {identity.size} bytes then, "
+            f"{status.st_size} now, modified at {identity.mtime_ns} ns then, {status.st_mtime_ns} now"
+        )
+
+
+class Inputs:
+    """All input files of a plan; maps each on first use and keeps the latest few."""
+
+    def __init__(self, identities: Mapping[str, FileIdentity]) -> None:
+        self._identities = identities
+        self._open: OrderedDict[str, MappedFile] = OrderedDict()
+
+    def file(self, path: str) -> MappedFile:
+        """The mapped file. Raises FileError when it changed since it was planned."""
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if len(self._open) >= MAX_OPEN:
+            self._open.popitem(last=False)[1].close()
+        mapped = self._open[path] = MappedFile(path, self._identities.get(path))
+        return mapped
+
+    def elements(self, source: Source, first: int, count: int) -> torch.Tensor:
+        """``count`` elements of a source from flat index ``first`` on, 1-D, aliasing the file."""
+        dtype = TORCH_DTYPE[source.dtype]
+        start = source.start + first * dtype.itemsize
+        return self.file(source.file).tensor(start, start + count * dtype.itemsize, dtype)
+
+    def bytes(self, source: Source, first: int, count: int) -> torch.Tensor:
+        """``count`` bytes of a source from byte ``first`` on, whatever its dtype."""
+        start = source.start + first
+        return self.file(source.file).tensor(start, start + count, torch.uint8)
+
+    def drop(self, source: Source) -> None:
+        """The source was used up."""
+        self.file(source.file).drop(source.start, source.end)
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._open:
+            self._open.popitem()[1].close()
