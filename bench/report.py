@@ -79,15 +79,8 @@ def target(row: Row) -> str:
     if "met" not in row:
         return ""
     sign, value = ("<=", bound["most"]) if "most" in bound else (">=", bound["least"])
-    of = bound["of"]
-    got = "" if of == "ideal" or row["kind"] != "time" else f" of {_short(row, of)} (is {row['ratio']:.2f})"
-    return f"{sign} {value:g}{got}: {'yes' if row['met'] else 'NO'}"
-
-
-def _short(row: Row, of: str) -> str:
-    """What differs in the row that this one is held against."""
-    differs = [word for word in of.split() if word not in row["name"].split()]
-    return " ".join(differs) or "the same row"
+    against = f" x {bound['word']} (is {row['ratio']:.2f})" if bound["word"] else ""
+    return f"{sign} {value:g}{against}: {'yes' if row['met'] else 'NO'}"
 
 
 def markdown(run: Run) -> str:

@@ -83,26 +83,25 @@ def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
     from pykernels.engine.run import merge as run
 
     with progress_bar(not quiet) as moved, warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter("always")
+        warnings.simplefilter("default")
         report = run(recipe, out, progress=moved, **options)
-    for warning in raised:
-        click.echo(f"warning: {printable(str(warning.message))}", err=True)
+    notes = report.plan.notes
+    for text in dict.fromkeys([*(str(w.message) for w in raised), *report.warnings]):
+        if text not in notes or not quiet:
+            click.echo(f"{'note' if text in notes else 'warning'}: {printable(text)}", err=True)
     if not quiet:
-        _print_report(report, dry_run=options["dry_run"])
+        _print_report(report)
 
 
-def _print_report(report: Report, *, dry_run: bool) -> None:
-    made = report.plan
-    for note in report.notes:
-        click.echo(f"note: {printable(note)}")
-    size = f"{len(made.outputs)} tensors, {gigabytes(made.total_write)} in {len(made.shards)} file(s)"
-    if dry_run:
+def _print_report(report: Report) -> None:
+    size = f"{report.tensors} tensors, {gigabytes(report.written)} in {report.shards} file(s)"
+    if report.dry_run:
         click.echo(f"dry run: {size}; nothing was written")
         return
     click.echo(f"merged into {printable(str(report.out))}: {size}")
     click.echo(
         f"engine time {report.seconds:.3f} s, {report.gb_per_second:.2f} GB/s "
-        f"({gigabytes(report.bytes_read)} read, {gigabytes(report.bytes_written)} written)"
+        f"({gigabytes(report.read)} read, {gigabytes(report.written)} written)"
     )
 
 
