@@ -25,7 +25,10 @@ with warnings.catch_warnings():
 
 
 class MappedFile:
-    """One file, mapped read-only. Its tensors outlive ``close``, which then leaves the map to them."""
+    """One file, mapped read-only. It stays mapped as long as this object or one of its tensors lives.
+
+    It cannot be unmapped earlier: torch does not pin the buffer, and a tensor would be left without memory.
+    """
 
     def __init__(self, path: str, identity: FileIdentity | None = None) -> None:
         """Raises FileError when the file is no longer the one that ``identity`` was taken of."""
@@ -43,13 +46,6 @@ class MappedFile:
     def drop(self, start: int, end: int) -> None:
         """These bytes are not needed again soon: their pages leave this process, not the page cache."""
         self._advise("MADV_DONTNEED", -(-start // PAGE) * PAGE, end // PAGE * PAGE)
-
-    def close(self) -> None:
-        """Unmap, unless tensors still hold the map."""
-        try:
-            self._map.close()
-        except BufferError:
-            pass  # the last tensor's end unmaps
 
     def _advise(self, advice: str, start: int, end: int) -> None:
         if end > start and hasattr(mmap, advice):
@@ -78,7 +74,7 @@ class Inputs:
             self._open.move_to_end(path)
             return self._open[path]
         if len(self._open) >= MAX_OPEN:
-            self._open.popitem(last=False)[1].close()
+            self._open.popitem(last=False)
         mapped = self._open[path] = MappedFile(path, self._identities.get(path))
         return mapped
 
@@ -98,6 +94,5 @@ class Inputs:
         self.file(source.file).drop(source.start, source.end)
 
     def close(self) -> None:
-        """Close every file."""
-        while self._open:
-            self._open.popitem()[1].close()
+        """Let go of every file; each is unmapped with its last tensor."""
+        self._open.clear()
