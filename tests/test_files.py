@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "elements overflow": (one(shape=[2**32, 2**32, 2**32]), "overflows"),
     "elements wrap to 2": (one(shape=[2**63, 2, 1]), "overflows"),
     "bytes overflow": (one(shape=[2**62 + 2]), "overflows"),
-    "zero hides an overflow": (one(shape=[0, 2**62, 2**62], data_offsets=[0, 0]), "overflows"),
+    "zero hides an overflow": (container({"a": entry("F32", [0, 2**62, 2**62], 0, 0)}), "overflows"),
     "rank": (one(shape=[1] * MAX_RANK + [2]), f"the limit is {MAX_RANK}"),
     "sub-byte": (one(dtype="F4", shape=[3], data_offsets=[0, 2]), "whole bytes"),
     "range too long": (one(shape=[1]), "takes 4 bytes, data_offsets [0, 8] hold 8"),
