@@ -26,14 +26,16 @@ class CMakeBuild(build_ext):
                 raise
             self.extensions = []
             print(
-                f"WARNING: pykernels._C could not be built ({error}); the pure-PyTorch references will serve, "
-                "hundreds of times slower. Install a C++17 compiler and reinstall for the fast kernels.",
+                f"WARNING: pykernels._C could not be built ({error}); the pure-PyTorch references will "
+                "serve, hundreds of times slower. Install a C++17 compiler and reinstall for the fast kernels.",
                 file=sys.stderr,
             )
 
     def get_source_files(self) -> list[str]:
         """The sources CMake reads, so that an sdist holds them."""
-        return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()] + ["CMakeLists.txt"]
+        return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()] + [
+            "CMakeLists.txt"
+        ]
 
     def build_extension(self, ext: Extension) -> None:
         """Build the CMake target named like the extension and copy it where setuptools wants it."""

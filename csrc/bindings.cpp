@@ -41,16 +41,16 @@ pk::Task task_of(const Tensors& t, uintptr_t out, int out_dtype, Floats weight, 
   return task;
 }
 
-void linear_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
-                  Floats weight, int threads) {
+void linear_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned,
+                  int64_t numel, Floats weight, int threads) {
   const Tensors t(dtype, base, tuned, numel);
   py::gil_scoped_release release;
   pk::linear_merge(task_of(t, out, out_dtype, std::move(weight), threads));
 }
 
-void ties_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
-                const Words& key, const Counts& last, Floats weight, Floats vote, Floats share, float lambda,
-                int combine, int64_t offset, int threads) {
+void ties_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned,
+                int64_t numel, const Words& key, const Counts& last, Floats weight, Floats vote, Floats share,
+                float lambda, int combine, int64_t offset, int threads) {
   const Tensors t(dtype, base, tuned, numel);
   py::gil_scoped_release release;
   pk::Task task = task_of(t, out, out_dtype, std::move(weight), threads);
@@ -64,9 +64,9 @@ void ties_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const A
   pk::ties_merge(task, cuts);
 }
 
-void ties_fused(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
-                const Counts& k, bool keep_equals, Floats weight, Floats vote, Floats share, float lambda,
-                int combine, int threads) {
+void ties_fused(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned,
+                int64_t numel, const Counts& k, bool keep_equals, Floats weight, Floats vote, Floats share,
+                float lambda, int combine, int threads) {
   const Tensors t(dtype, base, tuned, numel);
   py::gil_scoped_release release;
   pk::Task task = task_of(t, out, out_dtype, std::move(weight), threads);
@@ -77,9 +77,9 @@ void ties_fused(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const A
   pk::ties_fused(task, k.data(), keep_equals);
 }
 
-void dare_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
-                Words threshold, Words index, uint64_t key, Floats weight, Floats vote, Floats share, float lambda,
-                int combine, int64_t offset, int threads) {
+void dare_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const Addresses& tuned,
+                int64_t numel, Words threshold, Words index, uint64_t key, Floats weight, Floats vote,
+                Floats share, float lambda, int combine, int64_t offset, int threads) {
   const Tensors t(dtype, base, tuned, numel);
   py::gil_scoped_release release;
   pk::Task task = task_of(t, out, out_dtype, std::move(weight), threads);
@@ -94,8 +94,8 @@ void dare_merge(uintptr_t out, int out_dtype, int dtype, uintptr_t base, const A
   pk::dare_merge(task);
 }
 
-void l1_norms(uintptr_t sums, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel, Words threshold,
-              Words index, uint64_t key, int64_t offset, int threads) {
+void l1_norms(uintptr_t sums, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
+              Words threshold, Words index, uint64_t key, int64_t offset, int threads) {
   const Tensors t(dtype, base, tuned, numel);
   py::gil_scoped_release release;
   pk::Task task = task_of(t, 0, pk::kF32, {}, threads);
@@ -121,11 +121,12 @@ std::pair<Words, Counts> kth_magnitude(int dtype, uintptr_t base, const Addresse
   return {key, last};
 }
 
-void magnitude_histogram(uintptr_t bins, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel, int shift,
-                         const std::optional<Words>& prefix, int threads) {
+void magnitude_histogram(uintptr_t bins, int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
+                         int shift, const std::optional<Words>& prefix, int threads) {
   const Tensors t(dtype, base, tuned, numel);
   py::gil_scoped_release release;
-  pk::histogram(t.in, shift, prefix ? prefix->data() : nullptr, static_cast<int64_t*>(at_mutable(bins)), threads);
+  pk::histogram(t.in, shift, prefix ? prefix->data() : nullptr, static_cast<int64_t*>(at_mutable(bins)),
+                threads);
 }
 
 void elect_sign(uintptr_t out, int dtype, const Addresses& deltas, int64_t numel, Floats weight, int combine,
@@ -157,7 +158,8 @@ void ideal(uintptr_t out, const Addresses& inputs, int64_t bytes, int threads) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled CPU kernels of pykernels; addresses in, nothing checked: use the functions of pykernels.";
+  m.doc() =
+      "Compiled CPU kernels of pykernels; addresses in, nothing checked: use the functions of pykernels.";
   m.def("linear_merge", &linear_merge);
   m.def("ties_merge", &ties_merge);
   m.def("ties_fused", &ties_fused);

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op; installed as ``pykernels.kernels``. The CPU part of the package has none yet."""
+"""Triton kernels, one file per op, installed as ``pykernels.kernels``: none so far."""

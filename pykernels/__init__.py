@@ -29,16 +29,22 @@ _HOMES = {
     **{
         op: f"pykernels.ops.{op}"
         for op in (
-            "dare_merge", "drop_rescale", "elect_sign", "kth_magnitude", "linear_merge", "task_arithmetic",
-            "ties_merge", "trim",
+            "dare_merge",
+            "drop_rescale",
+            "elect_sign",
+            "kth_magnitude",
+            "linear_merge",
+            "task_arithmetic",
+            "ties_merge",
+            "trim",
         )
     },
-}  # fmt: skip
+}
 __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that ``import pykernels`` (and the command's --help) costs no torch."""
+    """Import a public name on first use, so that ``import pykernels`` (and --help) costs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'pykernels' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -10,12 +10,14 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+
+from pykernels import check
 
 
 class Cut(NamedTuple):
@@ -36,19 +38,33 @@ KEEP_ALL_EQUALS = 2**62
 """``Cut.last`` of the tie rule "keep"."""
 
 ROWS = (
-    "linear_merge", "task_arithmetic", "kth_magnitude", "ties_merge", "ties_fused", "dare_merge",
-    "l1_norms", "magnitude_histogram", "elect_sign", "trim", "drop_rescale",
-)  # fmt: skip
+    "linear_merge",
+    "task_arithmetic",
+    "kth_magnitude",
+    "ties_merge",
+    "ties_fused",
+    "dare_merge",
+    "l1_norms",
+    "magnitude_histogram",
+    "elect_sign",
+    "trim",
+    "drop_rescale",
+)
 TABLE: dict[str, dict[str, str]] = {
     op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in ROWS
 }
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
+_HUGE = 1 << 20
+"""Elements from which on a new output asks for huge pages."""
+
 ORDER = {"cpu": ("cpu", "ref"), "cuda": ("ref",)}
 BACKENDS = ("cpu", "ref")
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-_forced: ContextVar[str | None] = ContextVar("pykernels_backend", default=os.environ.get("PYKERNELS_BACKEND") or None)
+_forced: ContextVar[str | None] = ContextVar(
+    "pykernels_backend", default=os.environ.get("PYKERNELS_BACKEND") or None
+)
 
 
 @contextmanager
@@ -97,7 +113,9 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> Callable[..., Any] |
         if backend not in TABLE[op] or (backend != "ref" and dtype not in NATIVE_DTYPES):
             continue
         if why := missing(backend):
-            warnings.warn(f"pykernels: {why}; the PyTorch references serve, which are much slower", stacklevel=4)
+            warnings.warn(
+                f"pykernels: {why}; the PyTorch references serve, which are much slower", stacklevel=4
+            )
             continue
         return _function(op, backend)
     return None
@@ -113,7 +131,9 @@ def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:
         return _automatic(op, like.device.type, like.dtype)
     _require(forced)
     if forced not in ORDER.get(like.device.type, ("ref",)):
-        raise RuntimeError(f"{op}: backend {forced} was forced and does not run on {like.device.type} tensors")
+        raise RuntimeError(
+            f"{op}: backend {forced} was forced and does not run on {like.device.type} tensors"
+        )
     return _function(op, forced) if forced in TABLE[op] else None
 
 
@@ -123,6 +143,23 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
     if function is None:
         raise RuntimeError(f"{op}: no backend has it for {like.dtype} on {like.device.type}")
     return function
+
+
+def output(
+    op: str,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    like: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """``out``, checked; or a new tensor, on huge pages where it is large (a first touch costs more than a merge)."""
+    if out is not None:
+        check.output(op, out, out_dtype, like, inputs)
+        return out
+    new = torch.empty(like.shape, dtype=check.result_dtype(op, out_dtype, like), device=like.device)
+    if new.device.type == "cpu" and new.numel() >= _HUGE and missing("cpu") is None:
+        importlib.import_module("pykernels.native").advise_huge(new)
+    return new
 
 
 def grid() -> list[tuple[str, dict[str, str]]]:

@@ -20,7 +20,9 @@ def same_kind(op: str, first: str, like: torch.Tensor, name: str, tensor: torch.
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.shape != like.shape:
-        raise ValueError(f"{op}: {name} must have {first}'s shape {list(like.shape)}, got {list(tensor.shape)}")
+        raise ValueError(
+            f"{op}: {name} must have {first}'s shape {list(like.shape)}, got {list(tensor.shape)}"
+        )
     if tensor.dtype != like.dtype:
         raise TypeError(f"{op}: {name} must have {first}'s dtype {like.dtype}, got {tensor.dtype}")
     if tensor.device != like.device:
@@ -39,16 +41,26 @@ def one_tensor(op: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
 
 
-def tensors(op: str, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], name: str = "tuned") -> torch.Tensor:
-    """``base`` (or the first tuned one) and all of ``tuned`` must be alike; returns the one they are held against."""
+def tensors(
+    op: str, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], name: str = "tuned"
+) -> torch.Tensor:
+    """``base`` (or the first tuned one) and all of ``tuned`` must be alike; returns what they are held to."""
     if isinstance(tuned, torch.Tensor) or not isinstance(tuned, Sequence):
         raise TypeError(f"{op}: {name} must be a sequence of tensors, got {type(tuned).__name__}")
     if not 1 <= len(tuned) <= MAX_MODELS:
         raise ValueError(f"{op}: {name} must hold 1 to {MAX_MODELS} tensors, got {len(tuned)}")
     first, like = ("base", base) if base is not None else (f"{name}[0]", tuned[0])
     one_tensor(op, first, like)
+    shape, dtype, device = like.shape, like.dtype, like.device
     for i, tensor in enumerate(tuned):
-        same_kind(op, first, like, f"{name}[{i}]", tensor)
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.device != device
+            or not tensor.is_contiguous()
+        ):
+            same_kind(op, first, like, f"{name}[{i}]", tensor)  # finds the words
     return like
 
 
@@ -62,7 +74,9 @@ def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> lis
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be a number or one per model, got {value!r}") from None
         if len(values) != n:
-            raise ValueError(f"{op}: {name} must be a number or {n} of them, one per model, got {len(values)}")
+            raise ValueError(
+                f"{op}: {name} must be a number or {n} of them, one per model, got {len(values)}"
+            )
     for v in values:
         if not -_FLOAT32_MAX <= v <= _FLOAT32_MAX:
             raise ValueError(f"{op}: {name} must be finite in float32, got {v}")
@@ -89,8 +103,10 @@ def number(op: str, name: str, value: float) -> float:
 
 def choice(op: str, name: str, value: object, known: tuple[object, ...]) -> None:
     """``value`` must be one of ``known``, by type too (1 is not True)."""
-    if not any(value is k or (type(value) is type(k) and value == k) for k in known):
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    for k in known:
+        if value is k or (type(value) is type(k) and value == k):
+            return
+    raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def seed(op: str, value: int) -> int:
@@ -102,29 +118,33 @@ def seed(op: str, value: int) -> int:
     return value
 
 
-def output(
-    op: str, out: torch.Tensor | None, out_dtype: torch.dtype | None, like: torch.Tensor, inputs: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """``out``, checked against ``like`` and the inputs' memory; or a new tensor where it is None."""
+def result_dtype(op: str, out_dtype: torch.dtype | None, like: torch.Tensor) -> torch.dtype:
+    """The dtype of a new result: ``out_dtype``, or that of the inputs."""
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype must be float32, bfloat16, float16 or float64, got {out_dtype}")
-    if out is None:
-        return torch.empty(like.shape, dtype=out_dtype or like.dtype, device=like.device)
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"{op}: out must be a tensor, got {type(out).__name__}")
-    wanted = out_dtype or (out.dtype if out.dtype in FLOAT_DTYPES else like.dtype)
-    if out.dtype != wanted:
-        raise TypeError(f"{op}: out must have dtype {wanted}, got {out.dtype}")
+    return out_dtype or like.dtype
+
+
+def output(
+    op: str,
+    out: torch.Tensor,
+    out_dtype: torch.dtype | None,
+    like: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+) -> None:
+    """``out`` must fit ``like`` and be an input itself or share no memory with one."""
+    one_tensor(op, "out", out)
+    if out_dtype is not None and out.dtype != result_dtype(op, out_dtype, like):
+        raise TypeError(f"{op}: out must have out_dtype {out_dtype}, got {out.dtype}")
     if out.shape != like.shape:
         raise ValueError(f"{op}: out must have the inputs' shape {list(like.shape)}, got {list(out.shape)}")
     if out.device != like.device:
         raise ValueError(f"{op}: out must be on the inputs' device {like.device}, got {out.device}")
-    if not out.is_contiguous():
-        raise ValueError(f"{op}: out must be contiguous, got strides {list(out.stride())}")
     for i, tensor in enumerate(inputs):
         if _partial_overlap(out, tensor):
-            raise ValueError(f"{op}: out must be an input itself or share no memory with it, overlaps input {i} in part")
-    return out
+            raise ValueError(
+                f"{op}: out must be an input itself or share no memory with it, overlaps input {i} in part"
+            )
 
 
 def aliases(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:

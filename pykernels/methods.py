@@ -1,7 +1,7 @@
 """Merge methods as rows: name, parameters, passes, paper.
 
-A method takes chunks of one tensor at a time and knows neither files nor YAML: the engine hands it parameters that
-are resolved for the tensor (``Params``, plain JSON), a base, the tuned tensors and an output to fill.
+A method takes chunks of one tensor at a time and knows neither files nor YAML: the engine hands it parameters
+that are resolved for the tensor (``Params``, plain JSON), a base, the tuned tensors and an output to fill.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One merge method. ``model_parameters`` are per model, ``parameters`` per tensor; values are the defaults."""
+    """One merge method. ``model_parameters`` are per model, ``parameters`` per tensor, with defaults."""
 
     name: str
     paper: str
@@ -123,10 +123,16 @@ class Dare(Method):
 
     def _pass(self, p: Params) -> DarePass:
         return dare_pass(
-            weight=p["weight"], density=p["density"], lambda_=p["lambda"], normalize=p["normalize"],
-            rescale=p["rescale"], consensus=self.consensus, elect=p.get("elect", "weighted"),
-            seed=p["seed"], name=p["name"],
-        )  # fmt: skip
+            weight=p["weight"],
+            density=p["density"],
+            lambda_=p["lambda"],
+            normalize=p["normalize"],
+            rescale=p["rescale"],
+            consensus=self.consensus,
+            elect=p.get("elect", "weighted"),
+            seed=p["seed"],
+            name=p["name"],
+        )
 
     def statistic(self, p: Params, numel: int) -> Statistic | None:
         """The L1 norms before and after the drop, for ``rescale: l1``."""
@@ -135,7 +141,7 @@ class Dare(Method):
     def merge(
         self, p: Params, out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, offset: int, stats: Any
     ) -> None:
-        """One streaming pass; masks are regenerated from the seed, the tensor's name and the element's index."""
+        """One streaming pass; masks come from the seed, the tensor's name and the element's index."""
         self._pass(p).run(out, base, tuned, offset, stats)
 
 
@@ -146,19 +152,31 @@ _DARE_PAPER = "Language Models are Super Mario (Yu et al., 2023)"
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        Linear("linear", "Model soups (Wortsman et al., 2022)", False, {"weight": REQUIRED}, {"normalize": True}),
+        Linear(
+            "linear", "Model soups (Wortsman et al., 2022)", False, {"weight": REQUIRED}, {"normalize": True}
+        ),
         TaskArithmetic(
-            "task_arithmetic", "Editing Models with Task Arithmetic (Ilharco et al., 2022)", True,
-            {"weight": REQUIRED}, {"normalize": False, "lambda": 1.0, "int8_mask": False},
+            "task_arithmetic",
+            "Editing Models with Task Arithmetic (Ilharco et al., 2022)",
+            True,
+            {"weight": REQUIRED},
+            {"normalize": False, "lambda": 1.0, "int8_mask": False},
         ),
         Ties(
-            "ties", _TIES_PAPER, True, {"weight": REQUIRED, "density": 1.0},
+            "ties",
+            _TIES_PAPER,
+            True,
+            {"weight": REQUIRED, "density": 1.0},
             {"normalize": True, "lambda": 1.0, "tie": "index", "elect": "weighted", "int8_mask": False},
         ),
         Dare("dare_linear", _DARE_PAPER, True, {"weight": REQUIRED, "density": 1.0}, _DARE),
         Dare(
-            "dare_ties", f"{_DARE_PAPER}; {_TIES_PAPER}", True, {"weight": REQUIRED, "density": 1.0},
-            {**_DARE, "elect": "weighted"}, consensus="ties",
+            "dare_ties",
+            f"{_DARE_PAPER}; {_TIES_PAPER}",
+            True,
+            {"weight": REQUIRED, "density": 1.0},
+            {**_DARE, "elect": "weighted"},
+            consensus="ties",
         ),
     )
-}  # fmt: skip
+}

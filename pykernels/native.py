@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -39,8 +39,7 @@ def threads() -> int:
 
 def isas() -> list[str]:
     """Instruction sets that were compiled in and that this machine runs, best first."""
-    names: list[str] = _C.isas()
-    return names
+    return _C.isas()
 
 
 @contextmanager
@@ -57,8 +56,11 @@ def use_isa(name: str) -> Iterator[None]:
 def _inputs(base: torch.Tensor | None, tuned: Tensors) -> tuple[int, int, list[int], int]:
     first = tuned[0]
     return (
-        CODES[first.dtype], 0 if base is None else base.data_ptr(), [t.data_ptr() for t in tuned], first.numel()
-    )  # fmt: skip
+        CODES[first.dtype],
+        0 if base is None else base.data_ptr(),
+        [t.data_ptr() for t in tuned],
+        first.numel(),
+    )
 
 
 def linear_merge(out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, weight: list[float]) -> None:
@@ -79,7 +81,7 @@ def kth_magnitude(base: torch.Tensor | None, tuned: Tensors, k: list[int]) -> Cu
 def magnitude_histogram(
     base: torch.Tensor | None, tuned: Tensors, shift: int, prefix: list[int] | None
 ) -> torch.Tensor:
-    """Counts [n, 65536] of (key >> shift) & 0xFFFF over the keys whose higher bits equal the model's prefix."""
+    """Counts [n, 65536] of (key >> shift) & 0xFFFF over keys whose higher bits equal the prefix."""
     bins = torch.empty(len(tuned), 65536, dtype=torch.int64)
     _C.magnitude_histogram(bins.data_ptr(), *_inputs(base, tuned), shift, prefix, threads())
     return bins
@@ -99,12 +101,24 @@ def ties_merge(
 ) -> None:
     """Trim by known cuts, elect, average: one pass."""
     if out.dtype not in CODES:
-        return _through_float32(ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset)
+        return _through_float32(
+            ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset
+        )
     key = [min(k, _NONE_KEPT) for k in cut.key]
     _C.ties_merge(
-        out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), key, list(cut.last), weight, vote or [], share or [],
-        lambda_, COMBINE[elect], offset, threads(),
-    )  # fmt: skip
+        out.data_ptr(),
+        CODES[out.dtype],
+        *_inputs(base, tuned),
+        key,
+        list(cut.last),
+        weight,
+        vote or [],
+        share or [],
+        lambda_,
+        COMBINE[elect],
+        offset,
+        threads(),
+    )
 
 
 def ties_fused(
@@ -123,9 +137,18 @@ def ties_fused(
     if out.dtype not in CODES:
         return _through_float32(ties_fused, out, base, tuned, k, tie, weight, vote, share, lambda_, elect)
     _C.ties_fused(
-        out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), k, tie == "keep", weight, vote or [], share or [],
-        lambda_, COMBINE[elect], threads(),
-    )  # fmt: skip
+        out.data_ptr(),
+        CODES[out.dtype],
+        *_inputs(base, tuned),
+        k,
+        tie == "keep",
+        weight,
+        vote or [],
+        share or [],
+        lambda_,
+        COMBINE[elect],
+        threads(),
+    )
 
 
 def dare_merge(
@@ -148,13 +171,29 @@ def dare_merge(
             dare_merge, out, base, tuned, threshold, model, key, weight, vote, share, lambda_, elect, offset
         )
     _C.dare_merge(
-        out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), threshold, model, key, weight, vote or [],
-        share or [], lambda_, COMBINE[elect], offset, threads(),
-    )  # fmt: skip
+        out.data_ptr(),
+        CODES[out.dtype],
+        *_inputs(base, tuned),
+        threshold,
+        model,
+        key,
+        weight,
+        vote or [],
+        share or [],
+        lambda_,
+        COMBINE[elect],
+        offset,
+        threads(),
+    )
 
 
 def l1_norms(
-    base: torch.Tensor | None, tuned: Tensors, threshold: list[int], model: list[int], key: int, offset: int = 0
+    base: torch.Tensor | None,
+    tuned: Tensors,
+    threshold: list[int],
+    model: list[int],
+    key: int,
+    offset: int = 0,
 ) -> torch.Tensor:
     """Sums [blocks, n, 2] in float64 of |delta| and the kept |delta| per block of 4096 elements."""
     sums = torch.empty(-(-tuned[0].numel() // 4096), len(tuned), 2, dtype=torch.float64)
@@ -184,13 +223,14 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     """How many elements of a contiguous tensor are NaN or infinite."""
     if tensor.dtype not in CODES:
         return int((~torch.isfinite(tensor)).sum())
-    count: int = _C.count_nonfinite(CODES[tensor.dtype], tensor.data_ptr(), tensor.numel())
-    return count
+    return _C.count_nonfinite(CODES[tensor.dtype], tensor.data_ptr(), tensor.numel())
 
 
 def ideal(out: torch.Tensor, inputs: Tensors, count: int | None = None) -> None:
     """XOR of all inputs written past the cache: the benchmarks' control, the least that a merge must move."""
-    _C.ideal(out.data_ptr(), [t.data_ptr() for t in inputs], out.numel() * out.element_size(), count or threads())
+    _C.ideal(
+        out.data_ptr(), [t.data_ptr() for t in inputs], out.numel() * out.element_size(), count or threads()
+    )
 
 
 def advise_huge(tensor: torch.Tensor) -> None:
@@ -198,8 +238,8 @@ def advise_huge(tensor: torch.Tensor) -> None:
     _C.advise_huge(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def _through_float32(function: object, out: torch.Tensor, *args: object) -> None:
+def _through_float32(function: Callable[..., None], out: torch.Tensor, *args: object) -> None:
     """float64 outputs of narrower inputs: the kernel's float32 result, widened."""
     narrow = torch.empty(out.shape, dtype=torch.float32)
-    function(narrow, *args)  # type: ignore[operator]
+    function(narrow, *args)
     out.copy_(narrow)

@@ -1,5 +1,6 @@
 // What the engine and the benchmarks need beside the ops: a count of NaN and Inf, and the ideal pass.
-// Traffic: count_nonfinite reads numel * sizeof(T). ideal reads n inputs and writes one output of the same bytes.
+// Traffic: count_nonfinite reads numel * sizeof(T). ideal reads n inputs and writes one output of the same
+// bytes.
 #include "lanes.h"
 
 namespace pk::cpu::PK_ISA {
@@ -27,7 +28,8 @@ int64_t count_nonfinite(int dtype, const void* data, int64_t begin, int64_t end)
   return nonfinite<f16>(data, begin, end);
 }
 
-/// XOR of all inputs, written past the cache: the least that any merge of the same buffers must move. Units: 64 bytes.
+/// XOR of all inputs, written past the cache: the least that any merge of the same buffers must move. Units:
+/// 64 bytes.
 void ideal(void* out, const void* const* inputs, int n, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) {
 #if defined(PK_AVX512)

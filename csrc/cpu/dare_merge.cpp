@@ -1,6 +1,7 @@
 // DARE: drop at random, then add up or elect and average.
-// Traffic: reads base and n tuned tensors once, writes out once: (n + 2) * numel * sizeof(T). One pass; masks are drawn
-// in registers. l1_norms reads (n + 1) * numel * sizeof(T) and writes 16 * n bytes per block of 4096 elements.
+// Traffic: reads base and n tuned tensors once, writes out once: (n + 2) * numel * sizeof(T). One pass; masks
+// are drawn in registers. l1_norms reads (n + 1) * numel * sizeof(T) and writes 16 * n bytes per block of
+// 4096 elements.
 #include "merge_loop.h"
 
 namespace pk::cpu::PK_ISA {

@@ -14,7 +14,8 @@ void elect(int8_t* out, const Merge& job, bool plain, int64_t begin, int64_t end
     for (int m = 0; m < job.n; m++) {
       T padded[kGroup] = {};
       const T* data = static_cast<const T*>(job.models[m].data) + i;
-      if (count < kGroup) data = static_cast<T*>(memcpy(static_cast<void*>(padded), data, size_t(count) * sizeof(T)));
+      if (count < kGroup)
+        data = static_cast<T*>(memcpy(static_cast<void*>(padded), data, size_t(count) * sizeof(T)));
       const Pair x = load(data);
       const F weight = broadcast(plain ? 1.0f : job.models[m].weight);
       const F vote[2] = {x.a * weight, x.b * weight};

@@ -1,4 +1,5 @@
-// What the drivers hand to the kernels: plain data, no ownership. And the table of kernels per instruction set.
+// What the drivers hand to the kernels: plain data, no ownership. And the table of kernels per instruction
+// set.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +8,7 @@
 namespace pk::cpu {
 
 constexpr int kMaxModels = 64;
-constexpr int kTile = 128;        // elements whose 16-bit draws come from 16 Philox calls of four words
+constexpr int kTile = 128;         // elements whose 16-bit draws come from 16 Philox calls of four words
 constexpr int64_t kBlock = 4096;   // elements of a block that stays in the first-level cache
 constexpr int64_t kChunk = 65536;  // elements that a thread takes at a time
 
@@ -33,12 +34,13 @@ struct Merge {
   uint32_t key0, key1;  // of the draws
 };
 
-/// One model's search for its k-th magnitude: keys in [low, high) are written to `keys`, those >= high counted.
+/// One model's search for its k-th magnitude: keys in [low, high) are written to `keys`, those >= high
+/// counted.
 struct Band {
   const void* data;
   uint32_t low, high;
-  bool single;  // high == low + 1: nothing is written, the equals are counted
-  bool keep_low;  // fused merges, single only: keys equal to low are kept in this chunk
+  bool single;              // high == low + 1: nothing is written, the equals are counted
+  bool keep_low;            // fused merges, single only: keys equal to low are kept in this chunk
   int64_t above, at_least;  // out: how many keys are >= high, >= low
   uint32_t* keys;
   int64_t stored, capacity;
@@ -66,8 +68,8 @@ struct Kernels {
   void (*count_band)(int dtype, const void* base, Band*, int n, int64_t begin, int64_t end);
   void (*gather_keys)(int dtype, const void* base, const void* data, const int64_t* starts, int64_t groups,
                       uint32_t* keys);
-  int64_t (*band_of_records)(int dtype, const Records&, int model, uint32_t low, uint32_t high, uint32_t* keys,
-                             uint32_t* places);
+  int64_t (*band_of_records)(int dtype, const Records&, int model, uint32_t low, uint32_t high,
+                             uint32_t* keys, uint32_t* places);
   void (*histogram)(int dtype, const void* base, const void* data, int shift, bool all, uint32_t prefix,
                     int64_t* bins, int64_t begin, int64_t end);
   int64_t (*nth_equal)(int dtype, const void* base, const void* data, uint32_t key, int64_t n, int64_t begin,

@@ -27,10 +27,10 @@ void ideal(void*, const void* const*, int, int64_t, int64_t);
 
 extern const Kernels PK_JOIN(kernels_, PK_ISA);
 const Kernels PK_JOIN(kernels_, PK_ISA) = {
-    PK_TEXT(PK_ISA),         PK_ISA::linear_merge,    PK_ISA::ties_merge,  PK_ISA::ties_fused, PK_ISA::dare_merge,
-    PK_ISA::l1_norms,        PK_ISA::count_band,      PK_ISA::gather_keys, PK_ISA::band_of_records,
-    PK_ISA::histogram,       PK_ISA::nth_equal,       PK_ISA::elect_sign,  PK_ISA::count_nonfinite,
-    PK_ISA::ideal,
+    PK_TEXT(PK_ISA),         PK_ISA::linear_merge, PK_ISA::ties_merge, PK_ISA::ties_fused,
+    PK_ISA::dare_merge,      PK_ISA::l1_norms,     PK_ISA::count_band, PK_ISA::gather_keys,
+    PK_ISA::band_of_records, PK_ISA::histogram,    PK_ISA::nth_equal,  PK_ISA::elect_sign,
+    PK_ISA::count_nonfinite, PK_ISA::ideal,
 };
 
 }  // namespace pk::cpu

@@ -1,6 +1,6 @@
 // Passes of the search for the k-th magnitude: sample, count and compact, histogram, locate an equal.
-// Traffic: count_band reads base and n tuned tensors once: (n + 1) * numel * sizeof(T), and writes 4 bytes per key in
-// the band (about 1 % of the elements). The histogram reads base and one tuned tensor per round.
+// Traffic: count_band reads base and n tuned tensors once: (n + 1) * numel * sizeof(T), and writes 4 bytes
+// per key in the band (about 1 % of the elements). The histogram reads base and one tuned tensor per round.
 #include "lanes.h"
 
 namespace pk::cpu::PK_ISA {
@@ -55,19 +55,21 @@ void count_and_compact(const void* base, Band& band, int64_t begin, int64_t end)
       stored += compress(band.keys + stored, in_b, b);
     }
   }
-  band.above += above.total();
+  int64_t higher = above.total();
   for (; i < end; i++) {
     const uint32_t k = element_key<T>(base, band.data, i);
-    band.above += k >= band.high;
+    higher += k >= band.high;
     if (k >= band.low && k < band.high) band.keys[stored++] = k;
   }
-  band.at_least += stored - band.stored;
+  band.above += higher;
+  band.at_least += higher + stored - band.stored;
   band.stored = stored;
 }
 
 template <class T>
 void count(const void* base, Band* bands, int n, int64_t begin, int64_t end) {
-  for (int64_t at = begin; at < end; at += kBlock) {  // model by model: few streams, and the base block stays cached
+  for (int64_t at = begin; at < end;
+       at += kBlock) {  // model by model: few streams, and the base block stays cached
     const int64_t stop = at + kBlock < end ? at + kBlock : end;
     for (int m = 0; m < n; m++) {
       Band& band = bands[m];
@@ -98,7 +100,8 @@ void gather(const void* base, const void* data, const int64_t* starts, int64_t g
 }
 
 template <class T>
-int64_t in_band(const Records& records, int model, uint32_t low, uint32_t high, uint32_t* keys, uint32_t* places) {
+int64_t in_band(const Records& records, int model, uint32_t low, uint32_t high, uint32_t* keys,
+                uint32_t* places) {
   int64_t stored = 0;
   for (int64_t i = 0; i < records.stored; i++) {
     const uint32_t k = element_key<T>(records.base, records.tuned[model], i);
@@ -110,8 +113,8 @@ int64_t in_band(const Records& records, int model, uint32_t low, uint32_t high, 
 }
 
 template <class T>
-void bin(const void* base, const void* data, int shift, bool all, uint32_t prefix, int64_t* bins, int64_t begin,
-         int64_t end) {
+void bin(const void* base, const void* data, int shift, bool all, uint32_t prefix, int64_t* bins,
+         int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) {
     const uint32_t k = element_key<T>(base, data, i);
     if (all || uint64_t(k) >> (shift + 16) == prefix) bins[(k >> shift) & 0xFFFFu]++;
@@ -136,8 +139,7 @@ int64_t nth(const void* base, const void* data, uint32_t wanted, int64_t n, int6
 
 }  // namespace
 
-#define PK_BY_DTYPE(call)                    \
-  (dtype == kF32 ? call<float> : dtype == kBF16 ? call<bf16> : call<f16>)
+#define PK_BY_DTYPE(call) (dtype == kF32 ? call<float> : dtype == kBF16 ? call<bf16> : call<f16>)
 
 void count_band(int dtype, const void* base, Band* bands, int n, int64_t begin, int64_t end) {
   PK_BY_DTYPE(count)(base, bands, n, begin, end);
@@ -146,12 +148,12 @@ void gather_keys(int dtype, const void* base, const void* data, const int64_t* s
                  uint32_t* keys) {
   PK_BY_DTYPE(gather)(base, data, starts, groups, keys);
 }
-int64_t band_of_records(int dtype, const Records& records, int model, uint32_t low, uint32_t high, uint32_t* keys,
-                        uint32_t* places) {
+int64_t band_of_records(int dtype, const Records& records, int model, uint32_t low, uint32_t high,
+                        uint32_t* keys, uint32_t* places) {
   return PK_BY_DTYPE(in_band)(records, model, low, high, keys, places);
 }
-void histogram(int dtype, const void* base, const void* data, int shift, bool all, uint32_t prefix, int64_t* bins,
-               int64_t begin, int64_t end) {
+void histogram(int dtype, const void* base, const void* data, int shift, bool all, uint32_t prefix,
+               int64_t* bins, int64_t begin, int64_t end) {
   PK_BY_DTYPE(bin)(base, data, shift, all, prefix, bins, begin, end);
 }
 int64_t nth_equal(int dtype, const void* base, const void* data, uint32_t key, int64_t n, int64_t begin,

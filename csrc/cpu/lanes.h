@@ -1,7 +1,8 @@
 // The lane type of the instruction set that this file is compiled for, in a namespace of its own.
 //
-// Every kernel source is compiled once per instruction set with PK_ISA set to avx512, avx2 or portable. Nothing here
-// may have external linkage under a name that two instruction sets share: the linker would keep one of the copies.
+// Every kernel source is compiled once per instruction set with PK_ISA set to avx512, avx2 or portable.
+// Nothing here may have external linkage under a name that two instruction sets share: the linker would keep
+// one of the copies.
 #pragma once
 #if defined(PK_AVX512) || defined(PK_AVX2)
 #include <immintrin.h>
@@ -27,7 +28,8 @@ namespace pk::cpu::PK_ISA {
 #include "lanes_portable.h"
 #endif
 
-constexpr int kGroup = 2 * kLanes;  // elements of a Pair: lanes a are the even elements of bfloat16, else the first half
+constexpr int kGroup =
+    2 * kLanes;  // elements of a Pair: lanes a are the even elements of bfloat16, else the first half
 
 template <class T>
 constexpr bool kParted = false;
@@ -55,7 +57,8 @@ PK_IN uint32_t element_bits(M a, M b) {
   return _pdep_u32(bits(a), 0x55555555u) | _pdep_u32(bits(b), 0xAAAAAAAAu);
 #else
   uint32_t x = 0;
-  for (int i = 0; i < kLanes; i++) x |= ((bits(a) >> i) & 1u) << (2 * i) | ((bits(b) >> i) & 1u) << (2 * i + 1);
+  for (int i = 0; i < kLanes; i++)
+    x |= ((bits(a) >> i) & 1u) << (2 * i) | ((bits(b) >> i) & 1u) << (2 * i + 1);
   return x;
 #endif
 }

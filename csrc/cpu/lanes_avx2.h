@@ -69,9 +69,7 @@ PK_IN int compress(uint32_t* p, M m, U x) {
   return __builtin_popcount(bits(m));
 }
 
-PK_IN F canonical(F x) {
-  return select(is_nan(x), F{_mm256_castsi256_ps(_mm256_set1_epi32(int(kNaN)))}, x);
-}
+PK_IN F canonical(F x) { return select(is_nan(x), F{_mm256_castsi256_ps(_mm256_set1_epi32(int(kNaN)))}, x); }
 
 struct Pair {
   F a, b;
@@ -130,7 +128,8 @@ struct Below {
   PK_MEMBER explicit Below(uint32_t threshold)
       : low(_mm256_set1_epi32(int(threshold))), high(_mm256_set1_epi32(int(threshold))) {}
 };
-PK_IN void below_parted(Below t, U draws, M& a, M& b) {  // for even, odd lanes; both sides fit a signed compare
+PK_IN void below_parted(Below t, U draws, M& a,
+                        M& b) {  // for even, odd lanes; both sides fit a signed compare
   a.v = _mm256_cmpgt_epi32(t.low, _mm256_and_si256(draws.v, _mm256_set1_epi32(0xFFFF)));
   b.v = _mm256_cmpgt_epi32(t.high, _mm256_srli_epi32(draws.v, 16));
 }

@@ -1,4 +1,5 @@
-// Sixteen lanes: AVX-512 F, BW, DQ, VL. Functions here are internal to the file that includes them (see lanes.h).
+// Sixteen lanes: AVX-512 F, BW, DQ, VL. Functions here are internal to the file that includes them (see
+// lanes.h).
 #pragma once
 
 constexpr int kLanes = 16;
@@ -139,7 +140,9 @@ PK_IN void below_in_order(Below t, U draws, M& a, M& b) {
 constexpr int kWide = 8;  // 64-bit lanes
 PK_IN W mul_low(W a, uint32_t b) { return {_mm512_mul_epu32(a.v, _mm512_set1_epi64(b))}; }
 PK_IN W high(W a) { return {_mm512_srli_epi64(a.v, 32)}; }
-PK_IN W xor3(W a, W b, uint32_t c) { return {_mm512_ternarylogic_epi64(a.v, b.v, _mm512_set1_epi64(c), 0x96)}; }
+PK_IN W xor3(W a, W b, uint32_t c) {
+  return {_mm512_ternarylogic_epi64(a.v, b.v, _mm512_set1_epi64(c), 0x96)};
+}
 PK_IN W broadcast_wide(uint32_t x) { return {_mm512_set1_epi64(x)}; }
 PK_IN W count_by_two(uint32_t x) {
   return {_mm512_add_epi64(_mm512_set1_epi64(x), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14))};

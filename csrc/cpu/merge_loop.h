@@ -109,12 +109,14 @@ PK_IN void merge_tiles(const Merge& job, int64_t begin, int64_t end) {  // whole
         a.add(ka, d.a, models[m]);
         b.add(kb, d.b, models[m]);
       }
-      put_as<T>(job.out_dtype, job.out, i, {base.a + lambda * a.value(), base.b + lambda * b.value()}, job.stream);
+      put_as<T>(job.out_dtype, job.out, i, {base.a + lambda * a.value(), base.b + lambda * b.value()},
+                job.stream);
     }
   }
 }
 
-/// Elements [begin, end): whole tiles in place, the rest (< 128) through padded copies, so nothing outside is touched.
+/// Elements [begin, end): whole tiles in place, the rest (< 128) through padded copies, so nothing outside is
+/// touched.
 template <class T, template <class> class Keep, class Combine>
 static void merge(const Merge& job, int64_t begin, int64_t end) {
   const int64_t full = begin + (end - begin) / kTile * kTile;

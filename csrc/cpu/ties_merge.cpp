@@ -1,6 +1,6 @@
 // TIES: trim by magnitude, elect, average; with known cuts, or with the search for the cuts in the same pass.
-// Traffic: reads base and n tuned tensors once, writes out once: (n + 2) * numel * sizeof(T). The fused pass also
-// writes and re-reads (n + 1) * sizeof(T) + 8 bytes per uncertain element (0 to 4 % of them).
+// Traffic: reads base and n tuned tensors once, writes out once: (n + 2) * numel * sizeof(T). The fused pass
+// also writes and re-reads (n + 1) * sizeof(T) + 8 bytes per uncertain element (0 to 4 % of them).
 #include "merge_loop.h"
 
 namespace pk::cpu::PK_ISA {
@@ -54,7 +54,8 @@ void fused(const Merge& job, Band* bands, Records& records, int64_t begin, int64
       a.add(ha, d.a, model);
       b.add(hb, d.b, model);
     }
-    put_as<T>(job.out_dtype, job.out, i, {base.a + lambda * a.value(), base.b + lambda * b.value()}, job.stream);
+    put_as<T>(job.out_dtype, job.out, i, {base.a + lambda * a.value(), base.b + lambda * b.value()},
+              job.stream);
     if (any(open_a, open_b)) {
       if (records.stored + kGroup <= records.capacity)
         record<T>(job, records, i, element_bits<T>(open_a, open_b));

@@ -25,7 +25,7 @@ struct Job {
     }
     // Written past the caches when the result would not stay in them anyway.
     const bool stream = numel * dtype_size(t.out_dtype) >= (int64_t(1) << 20) && uintptr_t(t.out) % 64 == 0;
-    merge = {t.out,    t.in.base, models,   t.in.n, t.in.dtype, t.out_dtype,
+    merge = {t.out,    t.in.base, models,   t.in.n,          t.in.dtype,           t.out_dtype,
              t.lambda, stream,    t.offset, uint32_t(t.key), uint32_t(t.key >> 32)};
   }
   Job(const Job&) = delete;
@@ -36,7 +36,8 @@ struct Job {
   int64_t end(int64_t chunk) const { return std::min(numel, (chunk + 1) * cpu::kChunk); }
 };
 
-/// Merges elements [begin, end) with cuts: one kernel call per stretch in which every model's threshold is constant.
+/// Merges elements [begin, end) with cuts: one kernel call per stretch in which every model's threshold is
+/// constant.
 void merge_with_cuts(const cpu::Merge& merge, int combine, const Cut* cuts, int64_t begin, int64_t end);
 
 }  // namespace pk

@@ -1,4 +1,5 @@
-// The merges over whole tensors: chunks dealt to threads, cuts turned into per-chunk constants, TIES in one pass.
+// The merges over whole tensors: chunks dealt to threads, cuts turned into per-chunk constants, TIES in one
+// pass.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -1,4 +1,5 @@
-// What lives as long as the process: a pool of threads and recycled scratch memory. A forked child gets fresh ones.
+// What lives as long as the process: a pool of threads and recycled scratch memory. A forked child gets fresh
+// ones.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -7,8 +8,9 @@
 
 namespace pk {
 
-/// Runs body(argument, slot) on the calling thread (slot 0) and on up to threads - 1 pool threads, whichever are free;
-/// returns when all that started have ended. Safe from many threads at once; bodies must share their work dynamically.
+/// Runs body(argument, slot) on the calling thread (slot 0) and on up to threads - 1 pool threads, whichever
+/// are free; returns when all that started have ended. Safe from many threads at once; bodies must share
+/// their work dynamically.
 void parallel(int threads, void (*body)(void*, int slot), void* argument);
 
 /// Calls work(chunk, slot) once for every chunk in [0, chunks); a slot sees its chunks in increasing order.
@@ -33,8 +35,8 @@ void parallel_chunks(int64_t chunks, int threads, Work&& work) {
       &shared);
 }
 
-/// Recycled memory on huge pages where the system has them; contents are undefined. Up to 64 MiB is kept for later
-/// calls, because the first touch of fresh pages costs more than the kernels do.
+/// Recycled memory on huge pages where the system has them; contents are undefined. Up to 64 MiB is kept for
+/// later calls, because the first touch of fresh pages costs more than the kernels do.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

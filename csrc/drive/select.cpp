@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 
 #include "isa.h"
 #include "process.h"
@@ -76,46 +77,81 @@ std::vector<int64_t> sample_starts(int64_t numel, int64_t groups) {
   return starts;
 }
 
-/// Groups correlate (scale varies along rows and heads), so the width follows the variance between neighbours.
+/// A coarse histogram of a sample: 64 bins per power of two, enough to cut out the few keys around a rank.
+struct Sample {
+  static constexpr int kShift = 17, kCoarse = 1 << (31 - kShift);
+  const uint32_t* keys;
+  int64_t count;
+  std::vector<uint32_t> bins = std::vector<uint32_t>(2 * kCoarse);
+
+  Sample(const uint32_t* k, int64_t n) : keys(k), count(n) {  // two tables: equal neighbours do not wait
+    uint32_t *even = bins.data(), *odd = even + kCoarse;
+    for (int64_t i = 0; i < n; i += 2) {
+      even[k[i] >> kShift]++;
+      odd[k[i + 1] >> kShift]++;
+    }
+    for (int b = 0; b < kCoarse; b++) even[b] += odd[b];
+  }
+  /// The bin of a rank from the largest; `above` becomes the number of keys in higher bins.
+  int find(int64_t rank, int64_t& above) const {
+    int b = kCoarse - 1;
+    for (above = 0; b > 0 && above + bins[size_t(b)] <= rank; b--) above += bins[size_t(b)];
+    return b;
+  }
+};
+
+/// Groups correlate (scale varies along rows and heads), so the width follows the variance between
+/// neighbours.
 Bracket bracket_of(const uint32_t* keys, int64_t groups, double p, uint32_t* spare) {
   const int64_t count = groups * kSampleGroup;
+  const Sample sample(keys, count);
   const double wanted = p * double(count);
-  const uint32_t middle = nth_largest(keys, count, std::min(count - 1, int64_t(wanted)), spare);
+  int64_t above, ignored;
+  const uint32_t middle = uint32_t(sample.find(std::min(count - 1, int64_t(wanted)), ignored))
+                          << Sample::kShift;
   double between = 0;
   int before = 0;
-  int64_t above = 0, equal = 0;
   for (int64_t g = 0; g < groups; g++) {
     int hits = 0;
-    for (int i = 0; i < kSampleGroup; i++) hits += keys[g * kSampleGroup + i] >= middle;
+    for (int i = 0; i < kSampleGroup; i++) hits += int32_t(keys[g * kSampleGroup + i]) >= int32_t(middle);
     if (g) between += double(hits - before) * (hits - before);
     before = hits;
   }
   const double variance = 0.5 * between / double(std::max<int64_t>(1, groups - 1)) * double(groups);
-  const double width = kSigmas * std::sqrt(std::max(variance, double(count) * p * (1 - p))) + 1;
-  const int64_t top = int64_t(std::floor(wanted - width)) - 1, bottom = int64_t(std::ceil(wanted + width));
+  const double sigma = std::sqrt(std::max(variance, double(count) * p * (1 - p)));
+  const int64_t top = int64_t(std::floor(wanted - kSigmas * sigma - 1)) - 1;
+  const int64_t bottom = int64_t(std::ceil(wanted + kSigmas * sigma + 1));
+  const int top_bin = top < 0 ? Sample::kCoarse - 1 : sample.find(top, above);
+  if (top < 0) above = 0;
+  const int bottom_bin = bottom >= count ? 0 : sample.find(bottom, ignored);
+  uint32_t *near = spare, *room = spare + count;
+  const int64_t kept =
+      keys_between(keys, count, uint32_t(bottom_bin) << Sample::kShift,
+                   (uint32_t(top_bin) << Sample::kShift) + ((1u << Sample::kShift) - 1), near);
   Bracket b;
-  b.high = top < 0 ? kAbs : nth_largest(keys, count, top, spare);
-  b.low = bottom >= count ? 0 : nth_largest(keys, count, bottom, spare);
-  int64_t inside = 0;
-  for (int64_t i = 0; i < count; i++) {
-    inside += keys[i] >= b.low && keys[i] <= b.high;
-    above += keys[i] > b.high;
-    equal += keys[i] == b.high;
+  b.high = top < 0 ? kAbs : nth_largest(near, kept, top - above, room);
+  b.low = bottom >= count ? 0 : nth_largest(near, kept, bottom - above, room);
+  int64_t inside = 0, equal = 0;
+  for (int64_t i = 0; i < kept; i++) {
+    inside += near[i] >= b.low && near[i] <= b.high;
+    above += near[i] > b.high;
+    equal += near[i] == b.high;
   }
   b.share = double(inside) / double(count);
-  b.at_high = equal ? std::clamp((wanted - double(above)) / double(equal), 0.0, 1.0) : 0;
+  b.above = double(above) / double(count);
+  b.sigma = sigma / double(count);
   return b;
 }
 
 /// What one counting pass over up to kBand models leaves behind.
 struct Pass {
-  std::vector<int64_t> above, at_least;     // per model
-  std::vector<int64_t> equals;              // single: [model][chunk] keys equal to low
+  std::vector<int64_t> above, at_least;  // per model
+  std::vector<int64_t> equals;           // single: [model][chunk] keys equal to low
   struct Range {
     int slot;
     int64_t begin, end;
   };
-  std::vector<Range> ranges;                // band: [model][chunk] candidates
+  std::vector<Range> ranges;                 // band: [model][chunk] candidates
   std::vector<std::vector<uint32_t*>> keys;  // [slot][model]
   std::vector<Scratch> memory;
   bool full = false;
@@ -177,7 +213,8 @@ int64_t locate(const Inputs& in, int model, uint32_t key, int64_t keep, const in
   const int64_t chunks = chunks_of(in.numel);
   for (int64_t c = 0; c < chunks; c++) {
     if (keep <= equals[c])
-      return kernels().nth_equal(in.dtype, in.base, in.data[model], key, keep, c * kChunk, chunk_end(c, in.numel));
+      return kernels().nth_equal(in.dtype, in.base, in.data[model], key, keep, c * kChunk,
+                                 chunk_end(c, in.numel));
     keep -= equals[c];
   }
   return in.numel - 1;
@@ -238,6 +275,11 @@ bool settle(const Inputs& in, const Pass& pass, const Band& band, int i, int mod
 
 uint32_t nth_largest(const uint32_t* keys, int64_t count, int64_t rank, uint32_t* spare) {
   for (;;) {
+    if (count < kBins) {
+      if (keys != spare) memcpy(spare, keys, size_t(count) * 4);
+      std::nth_element(spare, spare + rank, spare + count, std::greater<uint32_t>());
+      return spare[rank];
+    }
     const Bins bins(keys, count);
     int64_t above;
     const int b = bins.find(rank, above);
@@ -250,19 +292,30 @@ uint32_t nth_largest(const uint32_t* keys, int64_t count, int64_t rank, uint32_t
 }
 
 std::vector<Bracket> brackets(const Inputs& in, const int64_t* k, int threads) {
-  const int64_t target = in.dtype == kF32 ? 65536 : 262144;
-  const int64_t groups = std::max<int64_t>(1, std::min(target, in.numel / 8) / kSampleGroup);
+  constexpr int64_t kParts = 4;  // of one model's sample, so that few models still keep all threads busy
+  const int64_t target = in.dtype == kF32 ? 131072 : 262144;
+  const int64_t groups =
+      std::max<int64_t>(kParts, std::min(target, in.numel / 8) / kSampleGroup / kParts * kParts);
   const int64_t count = groups * kSampleGroup;
   const std::vector<int64_t> starts = sample_starts(in.numel, groups);
-  std::vector<Bracket> found(size_t(in.n), {0, kAbs, 1, 0});
+  std::vector<Bracket> found(size_t(in.n), {0, kAbs, 1, 0, 0});
   const cpu::Kernels& kernel = kernels();
-  parallel_chunks(in.n, threads, [&](int64_t m, int) {
-    if (k[m] <= 0 || k[m] >= in.numel) return;
-    Scratch memory(size_t(count) * 8);
+  for (int first = 0; first < in.n; first += int(kBand)) {
+    const int n = std::min(int(kBand), in.n - first);
+    Scratch memory(size_t(count) * 12 * size_t(n));  // per model: keys, and twice as much to work in
     auto* keys = reinterpret_cast<uint32_t*>(memory.data());
-    kernel.gather_keys(in.dtype, in.base, in.data[m], starts.data(), groups, keys);
-    found[size_t(m)] = bracket_of(keys, groups, double(k[m]) / double(in.numel), keys + count);
-  });
+    parallel_chunks(n * kParts, threads, [&](int64_t part, int) {
+      const int64_t m = part / kParts, from = part % kParts * (groups / kParts);
+      kernel.gather_keys(in.dtype, in.base, in.data[first + m], starts.data() + from, groups / kParts,
+                         keys + m * 3 * count + from * kSampleGroup);
+    });
+    parallel_chunks(n, threads, [&](int64_t m, int) {
+      const int64_t wanted = k[first + m];
+      if (wanted <= 0 || wanted >= in.numel) return;
+      uint32_t* mine = keys + m * 3 * count;
+      found[size_t(first + m)] = bracket_of(mine, groups, double(wanted) / double(in.numel), mine + count);
+    });
+  }
   return found;
 }
 
@@ -281,7 +334,7 @@ std::vector<Cut> kth_magnitude(const Inputs& in, const int64_t* k, int threads) 
     std::vector<Band> bands;
     for (size_t i = 0; i < n; i++) {
       const int m = open[first + i];
-      const Bracket b = found.empty() ? Bracket{0, kAbs, 1, 0} : found[size_t(m)];
+      const Bracket b = found.empty() ? Bracket{0, kAbs, 1, 0, 0} : found[size_t(m)];
       bands.push_back({in.data[m], b.low, b.high + 1, b.low == b.high, true, 0, 0, nullptr, 0, 0});
     }
     const Pass pass = count(in, bands, threads);
@@ -292,7 +345,8 @@ std::vector<Cut> kth_magnitude(const Inputs& in, const int64_t* k, int threads) 
     });
     for (size_t i = 0; i < n; i++) {
       const int m = open[first + i];
-      if (cuts[size_t(m)].last == -2) cuts[size_t(m)] = with_key(in, m, by_radix(in, m, k[m], threads), k[m], threads);
+      if (cuts[size_t(m)].last == -2)
+        cuts[size_t(m)] = with_key(in, m, by_radix(in, m, k[m], threads), k[m], threads);
     }
   }
   return cuts;

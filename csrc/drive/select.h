@@ -24,11 +24,11 @@ struct Cut {
 
 constexpr uint32_t kNoneKept = 0xFFFFFFFFu;
 
-/// [low, high]: almost surely holds the k-th largest key. `share` is the part of the sample between them.
+/// [low, high]: almost surely holds the k-th largest key.
 struct Bracket {
   uint32_t low, high;
-  double share;
-  double at_high;  // of the elements equal to high, the part that the rule "index" keeps
+  double share;         // of the sample in [low, high]
+  double above, sigma;  // of the sample above high, and how far that may be off
 };
 
 /// The key of the given rank, 0 for the largest. Reorders nothing; `spare` holds count words.

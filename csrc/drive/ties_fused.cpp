@@ -1,12 +1,15 @@
 // TIES in one pass: merge with speculated cuts, put on record what they leave open, resolve, patch.
 //
-// A sample brackets every model's k-th key. Keys at or above `high` are certainly kept, keys below `low` certainly
-// dropped; an element with any key in between is recorded with its values. After the pass the counts are exact: they
-// prove the bracket right, or the whole falls back to two passes. Where the bracket is one heavily tied value, nothing
-// is recorded: the rule "index" guesses the flat index up to which equals are kept, and the stretch between the guess
-// and the truth is merged again.
+// A sample brackets every model's k-th key. Keys at or above `high` are certainly kept, keys below `low`
+// certainly dropped; an element with any key in between is recorded with its values. After the pass the
+// counts are exact: they prove the bracket right, or the whole falls back to two passes. Where the bracket is
+// one heavily tied value, nothing is recorded: the rule "index" guesses, chunk by chunk, whether equals are
+// still kept, and chunks where the guess was wrong are merged again.
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "isa.h"
 #include "job.h"
@@ -16,12 +19,12 @@ namespace pk {
 namespace {
 
 using cpu::Band;
-using cpu::Records;
 using cpu::kChunk;
 using cpu::kTile;
+using cpu::Records;
 
-constexpr double kMostOpen = 0.04;        // of the elements on record; beyond it two passes are faster
-constexpr size_t kPerThread = 16 << 20;   // bytes of records
+constexpr double kMostOpen = 0.04;       // of the elements on record; beyond it two passes are faster
+constexpr size_t kPerThread = 16 << 20;  // bytes of records
 constexpr int64_t kSmall = 65536;
 
 /// What one thread writes: its records, in index order.
@@ -42,6 +45,32 @@ struct Slot {
     if (in.base) at += size * records.capacity;
     for (int m = 0; m < in.n; m++, at += size * records.capacity) records.tuned[m] = at;
   }
+};
+
+/// Running guess whether the equals of one model are still among the first `k - above`. Only speed depends on
+/// it: the rate of the chunks seen so far is the better one, unless the sample says that they are not
+/// typical.
+class Expected {
+ public:
+  Expected() = default;
+  Expected(int64_t k, const Bracket& b, double numel)
+      : k_(double(k)), numel_(numel), above_(b.above * numel), sigma_(b.sigma * numel) {}
+
+  void seen(int64_t elements, const Band& band) {
+    elements_.fetch_add(elements, std::memory_order_relaxed);
+    greater_.fetch_add(band.above, std::memory_order_relaxed);
+    equal_.fetch_add(band.at_least - band.above, std::memory_order_relaxed);
+  }
+  bool keeps() const {
+    const double part = double(elements_.load(std::memory_order_relaxed)) / numel_;
+    const double rate = part > 0 ? double(greater_.load(std::memory_order_relaxed)) / part : above_;
+    const double total = std::abs(rate - above_) < 3 * sigma_ ? rate : above_;
+    return double(equal_.load(std::memory_order_relaxed)) < k_ - total;
+  }
+
+ private:
+  double k_ = 0, numel_ = 1, above_ = 0, sigma_ = 0;
+  std::atomic<int64_t> elements_{0}, greater_{0}, equal_{0};
 };
 
 class Fused {
@@ -65,7 +94,6 @@ class Fused {
     double open = 0;
     for (int m = 0; m < in_.n; m++) {
       Band band{in_.data[m], 0, 0, false, true, 0, 0, nullptr, 0, 0};
-      int64_t guess = job_.chunks();
       if (k_[m] <= 0) {
         band.low = band.high = kInfinity + 1;  // nothing but NaN is kept
       } else if (k_[m] < in_.numel) {
@@ -75,10 +103,10 @@ class Fused {
         band.high = b.high + 1;
         band.single = b.low == b.high;
         if (!band.single) open += b.share;
-        if (band.single && !keep_equals_) guess = int64_t(b.at_high * double(job_.chunks()));
+        expected_.push_back(std::make_unique<Expected>(k_[m], b, double(in_.numel)));
       }
       bands_.push_back(band);
-      guess_.push_back(guess);
+      if (expected_.size() < bands_.size()) expected_.push_back(std::make_unique<Expected>());
     }
     return open <= kMostOpen;
   }
@@ -88,17 +116,20 @@ class Fused {
     const int threads = int(std::min<int64_t>(task_.threads, chunks));
     for (int s = 0; s < threads; s++) slots_.emplace_back(kPerThread, in_);
     equals_.resize(size_t(in_.n * chunks));
+    kept_.resize(size_t(in_.n * chunks));
     std::vector<std::vector<int64_t>> above(size_t(threads), std::vector<int64_t>(size_t(in_.n)));
     parallel_chunks(chunks, threads, [&](int64_t c, int slot) {
       Band local[cpu::kMaxModels];
       for (int m = 0; m < in_.n; m++) {
         local[m] = bands_[size_t(m)];
-        local[m].keep_low = c < guess_[size_t(m)];
+        local[m].keep_low = keep_equals_ || expected_[size_t(m)]->keeps();
+        kept_[size_t(m * chunks + c)] = local[m].keep_low;
       }
       chunk(job_.begin(c), job_.end(c), local, slots_[size_t(slot)].records);
       for (int m = 0; m < in_.n; m++) {
         above[size_t(slot)][size_t(m)] += local[m].above;
         equals_[size_t(m * chunks + c)] = local[m].at_least - local[m].above;
+        expected_[size_t(m)]->seen(job_.end(c) - job_.begin(c), local[m]);
       }
     });
     above_.resize(size_t(in_.n));
@@ -124,8 +155,8 @@ class Fused {
     }
     const size_t size = size_t(dtype_size(in_.dtype));
     const auto copy = [&](void* to, const void* from) {
-      memcpy(static_cast<char*>(to) + size_t(records.stored) * size, static_cast<const char*>(from) + size_t(full) * size,
-             size_t(end - full) * size);
+      memcpy(static_cast<char*>(to) + size_t(records.stored) * size,
+             static_cast<const char*>(from) + size_t(full) * size, size_t(end - full) * size);
     };
     if (in_.base) copy(records.base, in_.base);
     for (int m = 0; m < in_.n; m++) copy(records.tuned[m], in_.data[m]);
@@ -159,7 +190,8 @@ class Fused {
     for (; c < chunks && before + equals[c] < keep; c++) before += equals[c];
     if (c == chunks) return false;  // fewer than k keys in all: the value lies lower
     if (!keep_equals_)
-      cut.last = kernels().nth_equal(in_.dtype, in_.base, in_.data[m], cut.key, keep - before, job_.begin(c), job_.end(c));
+      cut.last = kernels().nth_equal(in_.dtype, in_.base, in_.data[m], cut.key, keep - before, job_.begin(c),
+                                     job_.end(c));
     return true;
   }
 
@@ -172,7 +204,8 @@ class Fused {
     std::vector<int64_t> ends;
     const Band& band = bands_[size_t(m)];
     for (const Slot& s : slots_) {
-      found += kernels().band_of_records(in_.dtype, s.records, m, band.low, band.high, keys + found, places + found);
+      found += kernels().band_of_records(in_.dtype, s.records, m, band.low, band.high, keys + found,
+                                         places + found);
       ends.push_back(found);
     }
     if (found < keep) return false;
@@ -209,7 +242,8 @@ class Fused {
         models[m] = job_.models[m];
         models[m].data = records.tuned[m];
         Cut& cut = cuts[size_t(m)];  // in places of this list instead of elements of the tensor
-        cut.last = std::upper_bound(records.index, records.index + records.stored, cut.last) - records.index - 1;
+        cut.last =
+            std::upper_bound(records.index, records.index + records.stored, cut.last) - records.index - 1;
       }
       merge_with_cuts(merge, task_.combine, cuts.data(), 0, records.stored);
       if (size == 4)
@@ -224,20 +258,26 @@ class Fused {
     for (int64_t r = 0; r < records.stored; r++) out[records.index[r]] = values[r];
   }
 
-  /// Stretches where a guessed cut among equals was wrong. Equals of value zero change nothing and are left.
+  /// Chunks where a guess among equals was wrong, and those a cut runs through. Equals of value zero change
+  /// nothing.
   void repeat() {
-    for (int m = 0; m < in_.n; m++) {
-      const Band& band = bands_[size_t(m)];
-      if (!band.single || keep_equals_ || band.low == 0) continue;
-      const int64_t guess = std::min(in_.numel, guess_[size_t(m)] * kChunk), truth = cuts_[size_t(m)].last + 1;
-      const int64_t begin = std::min(guess, truth) / kTile * kTile;
-      const int64_t end = std::min(in_.numel, (std::max(guess, truth) + kTile - 1) / kTile * kTile);
-      if (guess == truth) continue;
-      parallel_chunks((end - begin + kChunk - 1) / kChunk, task_.threads, [&](int64_t c, int) {
-        merge_with_cuts(job_.merge, task_.combine, cuts_.data(), begin + c * kChunk,
-                        std::min(end, begin + (c + 1) * kChunk));
-      });
+    const int64_t chunks = job_.chunks();
+    std::vector<int64_t> wrong;
+    for (int64_t c = 0; c < chunks; c++) {
+      bool differs = false;
+      for (int m = 0; m < in_.n; m++) {
+        const Band& band = bands_[size_t(m)];
+        if (!band.single || keep_equals_ || band.low == 0) continue;
+        const int64_t edge = cuts_[size_t(m)].last + 1;
+        const bool all = edge >= job_.end(c), none = edge <= job_.begin(c);
+        differs |= kept_[size_t(m * chunks + c)] ? !all : !none;
+      }
+      if (differs) wrong.push_back(c);
     }
+    parallel_chunks(int64_t(wrong.size()), task_.threads, [&](int64_t i, int) {
+      const int64_t c = wrong[size_t(i)];
+      merge_with_cuts(job_.merge, task_.combine, cuts_.data(), job_.begin(c), job_.end(c));
+    });
   }
 
   const Task& task_;
@@ -246,9 +286,10 @@ class Fused {
   const bool keep_equals_;
   const Job job_;
   std::vector<Band> bands_;
-  std::vector<int64_t> guess_;  // per model: chunks before this one keep equals
+  std::vector<std::unique_ptr<Expected>> expected_;  // per model
   std::vector<Slot> slots_;
-  std::vector<int64_t> equals_, above_;
+  std::vector<int64_t> equals_, above_;  // [model][chunk], [model]
+  std::vector<char> kept_;               // [model][chunk]: were equals kept?
   std::vector<Cut> cuts_;
 };
 

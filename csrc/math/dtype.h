@@ -66,7 +66,8 @@ PK_HD void round_to(float x, f16* out) {
   } else if (key >= 0x38800000u) {
     half = (key - 0x38000000u + 0xFFFu + ((key >> 13) & 1u)) >> 13;
   } else {
-    // Adding 0.5 puts the last bit of a half denormal at the last bit of the float: hardware rounds once, to even.
+    // Adding 0.5 puts the last bit of a half denormal at the last bit of the float: hardware rounds once, to
+    // even.
     half = float_bits(bits_float(key) + 0.5f) - 0x3F000000u;
   }
   out->bits = uint16_t(sign | half);

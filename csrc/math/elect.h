@@ -1,7 +1,8 @@
-// TIES election of one element over the models (Yadav et al., 2023, section 3), on floats or on lanes of them.
+// TIES election of one element over the models (Yadav et al., 2023, section 3), on floats or on lanes of
+// them.
 //
-// F is a float or a vector of floats with the functions of lanes_*.h: add_where(sum, mask, x), select(mask, a, b),
-// positive_or_nan, negative, not_less, is_zero; Fill<F>::of(float) makes one.
+// F is a float or a vector of floats with the functions of lanes_*.h: add_where(sum, mask, x), select(mask,
+// a, b), positive_or_nan, negative, not_less, is_zero; Fill<F>::of(float) makes one.
 #pragma once
 #include "dtype.h"
 
@@ -12,8 +13,8 @@ struct Fill {
   PK_HD static F of(float x) { return F::of(x); }
 };
 
-/// Four one-signed sums for any number of models; a draw elects the positive side. A NaN value counts as positive, so
-/// it makes `pos`, the comparison and the result NaN without an instruction of its own.
+/// Four one-signed sums for any number of models; a draw elects the positive side. A NaN value counts as
+/// positive, so it makes `pos`, the comparison and the result NaN without an instruction of its own.
 template <class F>
 struct Elect {
   F pos, neg, wpos, wneg;

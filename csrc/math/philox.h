@@ -1,7 +1,8 @@
 // Philox4x32-10 (Salmon et al., 2011), on one counter or on lanes of counters.
 //
-// W holds one 32-bit word in the low half of each 64-bit lane; the high halves are scratch. It needs mul_low(W,
-// uint32_t) -> 64-bit products, high(W) -> products' high words in the low halves, and xor3(W, W, uint32_t).
+// W holds one 32-bit word in the low half of each 64-bit lane; the high halves are scratch. It needs
+// mul_low(W, uint32_t) -> 64-bit products, high(W) -> products' high words in the low halves, and xor3(W, W,
+// uint32_t).
 #pragma once
 #include "dtype.h"
 
@@ -9,7 +10,6 @@ namespace pk {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
-
 
 namespace {
 

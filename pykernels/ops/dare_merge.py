@@ -70,11 +70,18 @@ def dare_merge(
     check.choice(op, "consensus", consensus, (None, "ties"))
     check.choice(op, "normalize", normalize, NORMALIZE if consensus else (True, False))
     check.choice(op, "elect", elect, ELECTIONS)
-    out = check.output(op, out, out_dtype, like, [*tuned, base] if base is not None else tuned)
+    out = backends.output(op, out, out_dtype, like, [*tuned, base] if base is not None else tuned)
     run = dare_pass(
-        weight=weights, density=densities, lambda_=lambda_, normalize=normalize, rescale=rescale,
-        consensus=consensus, elect=elect, seed=seed, name=name,
-    )  # fmt: skip
+        weight=weights,
+        density=densities,
+        lambda_=lambda_,
+        normalize=normalize,
+        rescale=rescale,
+        consensus=consensus,
+        elect=elect,
+        seed=seed,
+        name=name,
+    )
     statistic = run.statistic(like.numel())
     if statistic is not None:
         statistic.update(base, tuned, 0)
@@ -115,10 +122,19 @@ class DarePass:
         total = (sum(self.weight) if self.normalize and not self.elect else 1.0) or 1.0
         weight = [w * s / total for w, s in zip(self.weight, scale, strict=True)]
         backends.call("dare_merge", tuned[0])(
-            out, base, [tuned[i] for i in self.taking], self.threshold, self.taking, self.key, weight,
-            scale if self.elect == "plain" else None, shares(self.normalize, self.weight) if self.elect else None,
-            self.lambda_, self.elect, offset,
-        )  # fmt: skip
+            out,
+            base,
+            [tuned[i] for i in self.taking],
+            self.threshold,
+            self.taking,
+            self.key,
+            weight,
+            scale if self.elect == "plain" else None,
+            shares(self.normalize, self.weight) if self.elect else None,
+            self.lambda_,
+            self.elect,
+            offset,
+        )
 
 
 def dare_pass(
@@ -136,9 +152,15 @@ def dare_pass(
     """Draw up the pass of one tensor from checked arguments."""
     taking = [i for i, w in enumerate(weight) if w != 0]
     return DarePass(
-        taking, [weight[i] for i in taking], [draw_threshold(density[i]) for i in taking], mask_key(seed, name),
-        lambda_, normalize, rescale, elect if consensus else None,
-    )  # fmt: skip
+        taking,
+        [weight[i] for i in taking],
+        [draw_threshold(density[i]) for i in taking],
+        mask_key(seed, name),
+        lambda_,
+        normalize,
+        rescale,
+        elect if consensus else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -180,6 +202,9 @@ class L1Statistic:
                 blocks = torch.cat([blocks, torch.zeros_like(blocks[:1])])
             blocks = blocks[0::2] + blocks[1::2]
         sums = blocks[0].tolist() if len(blocks) else [[0.0, 0.0]] * len(self._pass.taking)
-        return Factors([
-            before / after if min(before, after) >= 1e-7 and math.isfinite(before) else 1.0 for before, after in sums
-        ])
+        return Factors(
+            [
+                before / after if min(before, after) >= 1e-7 and math.isfinite(before) else 1.0
+                for before, after in sums
+            ]
+        )

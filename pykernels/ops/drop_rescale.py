@@ -47,14 +47,21 @@ def drop_rescale(
     [fraction] = check.density(op, density, 1)
     check.seed(op, seed)
     check.choice(op, "rescale", rescale, RESCALE)
-    out = check.output(op, out, None, delta, [delta])
+    out = backends.output(op, out, None, delta, [delta])
     threshold = draw_threshold(fraction)
     scale = rescale_factor(threshold, rescale)
     if rescale == "l1":
         run = dare_pass(
-            weight=[1.0], density=[fraction], lambda_=1.0, normalize=False, rescale="l1", consensus=None,
-            elect="weighted", seed=seed, name=name,
-        )  # fmt: skip
+            weight=[1.0],
+            density=[fraction],
+            lambda_=1.0,
+            normalize=False,
+            rescale="l1",
+            consensus=None,
+            elect="weighted",
+            seed=seed,
+            name=name,
+        )
         statistic = run.statistic(delta.numel())
         if statistic is not None:
             statistic.update(None, [delta], 0)

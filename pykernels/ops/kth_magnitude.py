@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -37,7 +38,9 @@ def kth_magnitude(
     k = counts(check.density(op, density, len(tuned)), like.numel())
     wide = like.dtype == torch.float64
     cut = backends.call(op, like)(base, list(tuned), k)
-    values = [float("inf") if count == 0 else _magnitude(key, wide) for key, count in zip(cut.key, k, strict=True)]
+    values = [
+        math.inf if count == 0 else _magnitude(key, wide) for key, count in zip(cut.key, k, strict=True)
+    ]
     if like.numel() == 0:
         values = [0.0] * len(tuned)
     return torch.tensor(values, dtype=torch.float64 if wide else torch.float32, device=like.device)
@@ -49,12 +52,12 @@ def counts(density: Sequence[float], numel: int) -> list[int]:
 
 
 def _magnitude(key: int, wide: bool) -> float:
-    infinity = 0x7FF << 52 if wide else 0x7F800000
-    if key > infinity:
-        return float("nan")
-    value: float = struct.unpack("<d", struct.pack("<Q", key))[0] if wide else struct.unpack(
-        "<f", struct.pack("<I", key)
-    )[0]  # fmt: skip
+    if key > (0x7FF << 52 if wide else 0x7F800000):
+        return math.nan
+    value: float
+    [value] = (
+        struct.unpack("<d", struct.pack("<Q", key)) if wide else struct.unpack("<f", struct.pack("<I", key))
+    )
     return value
 
 
@@ -79,6 +82,7 @@ class KthStatistic:
         self._equals: dict[int, list[int]] = {}
         self._last = [KEEP_ALL_EQUALS] * n
         self._stage = "digits"
+        self._target: list[tuple[int, int]] = []  # per model: the chunk's offset, the rank among its equals
 
     def update(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], offset: int) -> None:
         """Take in one chunk that starts at flat index ``offset`` of the scope."""
@@ -100,7 +104,7 @@ class KthStatistic:
         if self.done:
             return
         if self._stage == "digits" and self._bins is not None:
-            self._settle_digit()
+            self._settle_digit(self._bins)
         elif self._stage == "equals":
             self._settle_ties()
         else:
@@ -122,9 +126,8 @@ class KthStatistic:
         bins = histogram(base, list(tuned), self._shift, None if first else self._prefix)
         self._bins = bins if self._bins is None else self._bins + bins
 
-    def _settle_digit(self) -> None:
-        assert self._bins is not None
-        above = self._bins.flip(1).cumsum(1)  # how many keys have this digit or a larger one
+    def _settle_digit(self, bins: torch.Tensor) -> None:
+        above = bins.flip(1).cumsum(1)  # how many keys have this digit or a larger one
         for i, rank in enumerate(self._rank):
             place = int(torch.searchsorted(above[i], max(rank, 1)))
             self._rank[i] = rank - int(above[i][place - 1] if place else 0)
@@ -139,7 +142,6 @@ class KthStatistic:
 
     def _settle_ties(self) -> None:
         self._stage = "locate"
-        self._target: list[tuple[int, int]] = []  # per model: the chunk's offset, the rank among its equals
         for i, rank in enumerate(self._rank):
             for offset in sorted(self._equals):
                 if rank <= self._equals[offset][i]:

@@ -38,7 +38,7 @@ def linear_merge(
     like = check.tensors(op, None, tensors, "tensors")
     weights = check.per_model(op, "weight", weight, len(tensors))
     check.choice(op, "normalize", normalize, (True, False))
-    out = check.output(op, out, out_dtype, like, tensors)
+    out = backends.output(op, out, out_dtype, like, tensors)
     linear_pass(out, tensors, weights, normalize=normalize)
     return out
 

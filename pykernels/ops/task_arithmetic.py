@@ -43,7 +43,7 @@ def task_arithmetic(
     weights = check.per_model(op, "weight", weight, len(tuned))
     lambda_ = check.number(op, "lambda_", lambda_)
     check.choice(op, "normalize", normalize, (True, False))
-    out = check.output(op, out, out_dtype, like, [*tuned, base] if base is not None else tuned)
+    out = backends.output(op, out, out_dtype, like, [*tuned, base] if base is not None else tuned)
     arithmetic_pass(out, base, tuned, weights, lambda_=lambda_, normalize=normalize)
     return out
 

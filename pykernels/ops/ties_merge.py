@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -61,13 +62,20 @@ def ties_merge(
     check.choice(op, "elect", elect, ELECTIONS)
     check.choice(op, "tie", tie, TIES)
     inputs = [*tuned, base] if base is not None else tuned
-    out = check.output(op, out, out_dtype, like, inputs)
+    out = backends.output(op, out, out_dtype, like, inputs)
     if like.numel() == 0:
         return out
-    options = {"weight": weights, "lambda_": lambda_, "normalize": normalize, "elect": elect}
+    options: dict[str, Any] = {
+        "weight": weights,
+        "lambda_": lambda_,
+        "normalize": normalize,
+        "elect": elect,
+    }
     if not trims(densities):
-        ties_pass(out, base, tuned, None, **options)  # type: ignore[arg-type]
-    elif check.aliases(out, inputs) or not ties_whole(out, base, tuned, density=densities, tie=tie, **options):  # type: ignore[arg-type]
+        ties_pass(out, base, tuned, None, **options)
+    elif check.aliases(out, inputs) or not ties_whole(
+        out, base, tuned, density=densities, tie=tie, **options
+    ):
         taking = [i for i, w in enumerate(weights) if w != 0]
         if not taking:
             nothing(out, base)
@@ -77,7 +85,7 @@ def ties_merge(
         if tie == "keep":
             cut = keep_equals(cut)
         options["weight"] = [weights[i] for i in taking]
-        ties_pass(out, base, kept, cut, **options)  # type: ignore[arg-type]
+        ties_pass(out, base, kept, cut, **options)
     return out
 
 
@@ -119,9 +127,17 @@ def ties_pass(
     weights = [weight[i] for i in taking]
     vote = [1.0] * len(taking) if elect == "plain" else None
     backends.call("ties_merge", tuned[0])(
-        out, base, [tuned[i] for i in taking], Cut([cut.key[i] for i in taking], [cut.last[i] for i in taking]),
-        weights, vote, shares(normalize, weights), lambda_, elect, offset,
-    )  # fmt: skip
+        out,
+        base,
+        [tuned[i] for i in taking],
+        Cut([cut.key[i] for i in taking], [cut.last[i] for i in taking]),
+        weights,
+        vote,
+        shares(normalize, weights),
+        lambda_,
+        elect,
+        offset,
+    )
 
 
 def ties_whole(
@@ -145,6 +161,15 @@ def ties_whole(
     vote = [1.0] * len(taking) if elect == "plain" else None
     k = counts([density[i] for i in taking], tuned[0].numel())
     fused(
-        out, base, [tuned[i] for i in taking], k, tie, weights, vote, shares(normalize, weights), lambda_, elect
-    )  # fmt: skip
+        out,
+        base,
+        [tuned[i] for i in taking],
+        k,
+        tie,
+        weights,
+        vote,
+        shares(normalize, weights),
+        lambda_,
+        elect,
+    )
     return True

@@ -32,7 +32,7 @@ def trim(
     check.one_tensor(op, "delta", delta)
     [fraction] = check.density(op, density, 1)
     check.choice(op, "tie", tie, TIES)
-    out = check.output(op, out, None, delta, [delta])
+    out = backends.output(op, out, None, delta, [delta])
     if delta.numel() == 0:
         return out
     cut = backends.call("kth_magnitude", delta)(None, [delta], counts([fraction], delta.numel()))

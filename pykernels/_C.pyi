@@ -1,0 +1,83 @@
+"""Types of the compiled module: addresses, sizes and codes; see csrc/bindings.cpp."""
+
+def linear_merge(
+    out: int, out_dtype: int, dtype: int, base: int, tuned: list[int], numel: int, weight: list[float], threads: int
+) -> None: ...
+def ties_merge(
+    out: int,
+    out_dtype: int,
+    dtype: int,
+    base: int,
+    tuned: list[int],
+    numel: int,
+    key: list[int],
+    last: list[int],
+    weight: list[float],
+    vote: list[float],
+    share: list[float],
+    lambda_: float,
+    combine: int,
+    offset: int,
+    threads: int,
+) -> None: ...
+def ties_fused(
+    out: int,
+    out_dtype: int,
+    dtype: int,
+    base: int,
+    tuned: list[int],
+    numel: int,
+    k: list[int],
+    keep_equals: bool,
+    weight: list[float],
+    vote: list[float],
+    share: list[float],
+    lambda_: float,
+    combine: int,
+    threads: int,
+) -> None: ...
+def dare_merge(
+    out: int,
+    out_dtype: int,
+    dtype: int,
+    base: int,
+    tuned: list[int],
+    numel: int,
+    threshold: list[int],
+    index: list[int],
+    key: int,
+    weight: list[float],
+    vote: list[float],
+    share: list[float],
+    lambda_: float,
+    combine: int,
+    offset: int,
+    threads: int,
+) -> None: ...
+def l1_norms(
+    sums: int,
+    dtype: int,
+    base: int,
+    tuned: list[int],
+    numel: int,
+    threshold: list[int],
+    index: list[int],
+    key: int,
+    offset: int,
+    threads: int,
+) -> None: ...
+def kth_magnitude(
+    dtype: int, base: int, tuned: list[int], numel: int, k: list[int], threads: int
+) -> tuple[list[int], list[int]]: ...
+def magnitude_histogram(
+    bins: int, dtype: int, base: int, tuned: list[int], numel: int, shift: int, prefix: list[int] | None, threads: int
+) -> None: ...
+def elect_sign(
+    out: int, dtype: int, deltas: list[int], numel: int, weight: list[float], combine: int, threads: int
+) -> None: ...
+def count_nonfinite(dtype: int, data: int, numel: int) -> int: ...
+def ideal(out: int, inputs: list[int], bytes: int, threads: int) -> None: ...
+def advise_huge(data: int, bytes: int) -> None: ...
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def use_isa(name: str) -> None: ...
