@@ -15,6 +15,7 @@ import yaml
 from pykernels.engine.files import TORCH_DTYPE, FileError, inside, open_regular, shown
 from pykernels.engine.units import Plan
 
+CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 COPIED = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -39,8 +40,8 @@ def write_companions(plan: Plan, folder: Path) -> list[str]:
                 raise FileError(f"{shown(source, 300)}: leads out of the model directory, it is not copied")
             _copy(source, folder / source.name, plan)
             names.append(source.name)
-    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
-    return [*names, "README.md"]
+    (folder / CARD).write_text(model_card(plan), encoding="utf-8")
+    return [*names, CARD]
 
 
 def _copy(source: Path, target: Path, plan: Plan) -> None:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -31,11 +30,14 @@ class Record:
 
     plan: Plan
     tensors: dict[str, Written]
-    content: dict[str, Any]
+    companions: dict[str, str]
 
 
-def record_text(plan: Plan, written: Mapping[int, Written]) -> str:
-    """The record of a finished merge; ``written`` by output number (an output without bytes has no entry)."""
+def record_text(plan: Plan, written: Mapping[int, Written], companions: Mapping[str, str]) -> str:
+    """The record of a finished merge; ``written`` by output number (an output without bytes has no entry).
+
+    ``companions``: xxh3-128 of the small files beside the weights.
+    """
     tensors = {}
     for number, out in enumerate(plan.outputs):
         seen = written.get(number, EMPTY)
@@ -50,6 +52,7 @@ def record_text(plan: Plan, written: Mapping[int, Written]) -> str:
         "seed": plan.seed,
         "recipe": plan.recipe,
         "tensors": tensors,
+        "companions": dict(companions),
         "plan": json.loads(plan.to_json()),
     }
     return json.dumps(content, ensure_ascii=False) + "\n"
@@ -80,10 +83,20 @@ def read_record(out: Path) -> Record:
             raise FileError(f"{name}: format {shown(content['format'])}, this version reads {FORMAT}")
         plan = Plan.from_json(json.dumps(content["plan"]))
         tensors = {k: Written(str(v["xxh3_128"]), int(v["nonfinite"])) for k, v in content["tensors"].items()}
+        companions = {str(k): str(v) for k, v in content["companions"].items()}
     except FileError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(
             f"{name}: is not a record of a merge: {type(error).__name__}: {shown(error)}"
         ) from None
-    return Record(plan, tensors, content)
+    return Record(plan, tensors, companions)
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a small file. Raises FileError when it is no regular file."""
+    digest = xxhash.xxh3_128()
+    with open_regular(path) as handle:
+        while part := os.read(handle, 1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -16,14 +16,14 @@ import torch
 
 from pykernels.engine.arena import Arena
 from pykernels.engine.commit import publish, workplace
-from pykernels.engine.companions import INDEX, index_text, write_companions
+from pykernels.engine.companions import CARD, INDEX, index_text, write_companions
 from pykernels.engine.compute import Budget, Compute
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.plan import make_plan
 from pykernels.engine.prefetch import Prefetcher
 from pykernels.engine.preflight import check_equal, check_place, check_unchanged
 from pykernels.engine.recipe import Recipe, read_recipe
-from pykernels.engine.record import RECORD, record_text
+from pykernels.engine.record import RECORD, file_digest, record_text
 from pykernels.engine.sizes import parse_size
 from pykernels.engine.state_dicts import merge_state_dicts
 from pykernels.engine.units import Plan
@@ -158,11 +158,14 @@ def _write(plan: Plan, out: Path, compute: Compute, budget: Budget, durable: boo
         finally:
             prefetcher.stop()
         check_unchanged(plan)
-        (folder / RECORD).write_text(record_text(plan, writer.written), encoding="utf-8")
-        names.append(RECORD)
         if len(plan.shards) > 1:
             (folder / INDEX).write_text(index_text(plan), encoding="utf-8")
             names.append(INDEX)
+        # A model card is there to be edited, so it is not held against its checksum later.
+        companions = {name: file_digest(folder / name) for name in names if name != CARD}
+        text = record_text(plan, writer.written, companions)
+        (folder / RECORD).write_text(text, encoding="utf-8")
+        names.append(RECORD)
         publish(plan, folder, out, names, durable=durable)
         return writer.written
 

@@ -1,0 +1,132 @@
+"""Some outputs merged again with the reference and compared with the written ones, within a derived bound."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pykernels.backends import use_backend
+from pykernels.engine.compute import MIN_MEMORY, Budget, Compute
+from pykernels.engine.files import TORCH_DTYPE, FileError, shown
+from pykernels.engine.mapped import Inputs, MappedFile
+from pykernels.engine.units import Output, Plan
+
+ELEMENTS = 1 << 25
+"""Elements that all samples have together, at the most: seconds of the reference."""
+MEMORY = 1 << 30
+UNIT = 2.0**-24
+"""Largest relative error of one float32 operation."""
+
+
+class _Memory:
+    """A sink that keeps the pieces of one output."""
+
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+
+    def reserve(
+        self, nbytes: int, dtype: torch.dtype, tensor: int | None, *, last: bool = False
+    ) -> torch.Tensor:
+        """Fresh memory."""
+        self.pieces.append(torch.empty(nbytes // dtype.itemsize, dtype=dtype))
+        return self.pieces[-1]
+
+
+def recompute(
+    out: Path, plan: Plan, outputs: Sequence[Output], count: int
+) -> tuple[list[str], list[str], list[str]]:
+    """Merge up to ``count`` of ``outputs`` again: failures, notes and the names of those compared."""
+    failures: list[str] = []
+    notes: list[str] = []
+    names: list[str] = []
+    inputs = Inputs({path: i for model in plan.models for path, i in model.identities.items()})
+    compute = Compute(plan, inputs, Budget.of(plan, max(MEMORY, MIN_MEMORY)), lambda nbytes, name: None)
+    chosen = _choose(outputs, count)
+    try:
+        if chosen:
+            compute.survey()
+        for output in chosen:
+            with use_backend("ref"):
+                memory = _Memory()
+                compute.run(0, output, memory)
+            shard = plan.shards[output.shard].name
+            written = MappedFile(str(out / shard)).tensor(output.start, output.end, TORCH_DTYPE[output.dtype])
+            wrong = _differ(written, torch.cat(memory.pieces), _slack(plan.method, output, inputs))
+            if wrong:
+                failures.append(
+                    f"{shard}: tensor {shown(output.name)}: {wrong} of {output.numel} elements are not "
+                    "what the reference computes"
+                )
+            names.append(output.name)
+    except (FileError, OSError) as error:
+        notes.append(f"not recomputed, the inputs are not at hand: {error}")
+    finally:
+        inputs.close()
+    return failures, notes, names
+
+
+def _choose(outputs: Sequence[Output], count: int) -> list[Output]:
+    """A fixed random choice of merged outputs; the smallest alone when all are too large."""
+    merged = [o for o in outputs if o.action == "merge" and o.numel]
+    random.Random(len(merged)).shuffle(merged)
+    chosen: list[Output] = []
+    for output in merged:
+        if len(chosen) < count and sum(o.numel for o in chosen) + output.numel <= ELEMENTS:
+            chosen.append(output)
+    return chosen or sorted(merged, key=lambda o: o.numel)[: min(1, count)]
+
+
+def _differ(written: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor) -> int:
+    """How many elements differ by more than one unit in the last place and ``slack``."""
+    w, r = written.double(), reference.double()
+    info = torch.finfo(written.dtype)
+    place = torch.maximum(r.abs(), torch.tensor(info.tiny, dtype=torch.float64)) * info.eps
+    near = (w - r).abs() <= place + slack
+    return int((~(near | (w == r) | (w.isnan() & r.isnan()))).sum())
+
+
+def _slack(method: str, output: Output, inputs: Inputs) -> torch.Tensor:
+    """What float32 sums in model order may differ from float64 ones: a few units of the sum of magnitudes.
+
+    Every product and sum of n models adds at most one unit of relative error, so 2 n + 4 units of
+    |base| + sum(|factor_i * delta_i|) cover numerator, division, lambda and the last sum.
+    """
+    sources = output.sources
+    read = [inputs.elements(source, 0, output.numel).double() for source in sources]
+    base, tuned = (read[0], read[1:]) if output.base else (torch.zeros(()), read)
+    total = base.abs()
+    for factor, tensor in zip(_factors(method, output), tuned, strict=True):
+        if factor:  # a model of weight 0 takes no part, whatever it holds
+            total = total + factor * (tensor - base).abs()
+    return (2 * len(tuned) + 4) * UNIT * total
+
+
+def _factors(method: str, output: Output) -> list[float]:
+    """Upper bounds of what a delta is multiplied by."""
+    p = output.params
+    weights = [abs(w) for w in p["weight"]]
+    scale = abs(p.get("lambda", 1.0))
+    if p["normalize"] is True:
+        scale /= _least_divisor(p["weight"], elected=method in ("ties", "dare_ties"))
+    factors = [w * scale for w in weights]
+    if method.startswith("dare") and p["rescale"] is not None:
+        # An L1 rescale is near 1 / density; a factor of 4 covers its spread.
+        spread = 4.0 if p["rescale"] == "l1" else 1.0
+        factors = [f * spread / max(d, UNIT) for f, d in zip(factors, p["density"], strict=True)]
+    return factors
+
+
+def _least_divisor(weights: Sequence[float], *, elected: bool) -> float:
+    """The smallest divisor that may occur: the sum of all weights, or with an election of any of them."""
+    if not elected:
+        return abs(sum(weights)) or 1.0
+    if all(w >= 0 for w in weights) or len(weights) > 12:
+        return min((abs(w) for w in weights if w), default=1.0)
+    groups = itertools.chain.from_iterable(
+        itertools.combinations(weights, k + 1) for k in range(len(weights))
+    )
+    return min((abs(sum(group)) for group in groups if sum(group)), default=1.0)
