@@ -152,7 +152,7 @@ def output(
     like: torch.Tensor,
     inputs: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """``out``, checked; or a new tensor, on huge pages where it is large (a first touch costs more than a merge)."""
+    """``out``, checked; or a new tensor, on huge pages where large: a first touch costs more than a merge."""
     if out is not None:
         check.output(op, out, out_dtype, like, inputs)
         return out

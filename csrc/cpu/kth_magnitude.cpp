@@ -17,6 +17,14 @@ PK_IN void pair_keys(const void* base, const void* data, int64_t i, U& a, U& b) 
   b = key(x.b - zero.b);
 }
 
+/// Element numbers of the lanes of half 0 or 1 of the pair that starts at element i.
+template <class T>
+PK_IN U lane_numbers(uint32_t i, uint32_t half) {
+  uint32_t n[kLanes];
+  for (uint32_t l = 0; l < kLanes; l++) n[l] = i + (kParted<T> ? 2 * l + half : l + half * kLanes);
+  return load_words(n);
+}
+
 /// One value: count the equals and those above. No key is written.
 template <class T>
 void count_single(const void* base, Band& band, int64_t begin, int64_t end) {
@@ -99,12 +107,23 @@ void gather(const void* base, const void* data, const int64_t* starts, int64_t g
   }
 }
 
+/// Keys of one model's records that lie in its band, and which records they are, in no particular order.
 template <class T>
-int64_t in_band(const Records& records, int model, uint32_t low, uint32_t high, uint32_t* keys,
-                uint32_t* places) {
-  int64_t stored = 0;
-  for (int64_t i = 0; i < records.stored; i++) {
-    const uint32_t k = element_key<T>(records.base, records.tuned[model], i);
+int64_t in_band(const Records& records, int model, uint32_t low, uint32_t high, uint32_t* keys, uint32_t* places) {
+  const void* data = records.tuned[model];
+  const U from = broadcast(low), to = broadcast(high);
+  int64_t stored = 0, i = 0;
+  for (; i + kGroup <= records.stored; i += kGroup) {
+    U a, b;
+    pair_keys<T>(records.base, data, i, a, b);
+    const M in_a = and_not(at_least(a, from), at_least(a, to)), in_b = and_not(at_least(b, from), at_least(b, to));
+    compress(places + stored, in_a, lane_numbers<T>(uint32_t(i), 0));
+    stored += compress(keys + stored, in_a, a);
+    compress(places + stored, in_b, lane_numbers<T>(uint32_t(i), 1));
+    stored += compress(keys + stored, in_b, b);
+  }
+  for (; i < records.stored; i++) {
+    const uint32_t k = element_key<T>(records.base, data, i);
     keys[stored] = k;
     places[stored] = uint32_t(i);
     stored += k >= low && k < high;

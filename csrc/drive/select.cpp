@@ -18,6 +18,7 @@ using cpu::kSampleGroup;
 constexpr int64_t kSmall = 65536;        // up to here every key is a candidate
 constexpr int64_t kBand = 8;             // models that share one counting pass
 constexpr size_t kPerThread = 12 << 20;  // bytes of candidates
+constexpr int64_t kSampled = 262144;     // elements of the sample, at most an eighth of all
 constexpr double kSigmas = 4;
 constexpr int kBins = 4096;
 
@@ -293,9 +294,8 @@ uint32_t nth_largest(const uint32_t* keys, int64_t count, int64_t rank, uint32_t
 
 std::vector<Bracket> brackets(const Inputs& in, const int64_t* k, int threads) {
   constexpr int64_t kParts = 4;  // of one model's sample, so that few models still keep all threads busy
-  const int64_t target = in.dtype == kF32 ? 131072 : 262144;
   const int64_t groups =
-      std::max<int64_t>(kParts, std::min(target, in.numel / 8) / kSampleGroup / kParts * kParts);
+      std::max<int64_t>(kParts, std::min(kSampled, in.numel / 8) / kSampleGroup / kParts * kParts);
   const int64_t count = groups * kSampleGroup;
   const std::vector<int64_t> starts = sample_starts(in.numel, groups);
   std::vector<Bracket> found(size_t(in.n), {0, kAbs, 1, 0, 0});

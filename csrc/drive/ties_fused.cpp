@@ -198,7 +198,8 @@ class Fused {
   bool resolve_band(int m, int64_t keep, Cut& cut) const {
     int64_t most = 0, found = 0;
     for (const Slot& s : slots_) most += s.records.stored;
-    Scratch memory(size_t(most) * 12 + 64);
+    most += 64;  // compressed stores write whole vectors
+    Scratch memory(size_t(most) * 12);
     auto* keys = reinterpret_cast<uint32_t*>(memory.data());
     uint32_t *places = keys + most, *spare = places + most;
     std::vector<int64_t> ends;

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pykernels import backends, check
-from pykernels.ops.drop_rescale import RESCALE, draw_threshold, mask_key, rescale_factor
+from pykernels.ops.draws import RESCALE, Factors, L1Statistic, draw_threshold, mask_key, rescale_factor
 from pykernels.ops.task_arithmetic import nothing
 from pykernels.ops.ties_merge import ELECTIONS, NORMALIZE, shares
-
-BLOCK = 4096
-"""Elements of one block of the L1 sums."""
 
 
 def dare_merge(
@@ -35,8 +31,8 @@ def dare_merge(
 ) -> torch.Tensor:
     """base + lambda * merge of the deltas, each entry kept with probability ``density`` and rescaled.
 
-    Language Models are Super Mario (Yu et al., 2023), section 3. Masks are stateless (Philox4x32-10 keyed by seed and
-    name, countered by model and element): the same bits on every backend, thread count and chunking.
+    Language Models are Super Mario (Yu et al., 2023), section 3. Masks are stateless (Philox4x32-10 keyed by
+    seed and name, countered by model and element): the same bits on every backend, thread count and chunking.
 
     Args:
         base: contiguous tensor [*S], or None when ``tuned`` holds task vectors already.
@@ -46,10 +42,12 @@ def dare_merge(
         name: the tensor's name, so that tensors of one model draw different masks.
         weight: a number or one per model; a model of weight 0 takes no part.
         lambda_: scale of the merged task vector.
-        rescale: "density" divides by the realised density (unbiased, paper), "l1" by the ratio of the L1 norms after
-            and before the drop (mergekit; none if either norm is below 1e-7 or not finite), None does not rescale.
+        rescale: "density" divides by the realised density (unbiased, paper), "l1" by the ratio of the L1
+            norms after and before the drop (mergekit; 1 if either is below 1e-7 or not finite), None not at
+            all.
         consensus: None adds up; "ties" elects the sign first and merges those who agree.
-        normalize: True divides by the sum of the (agreeing) weights, "count" (with consensus) by their number.
+        normalize: True divides by the sum of the (agreeing) weights, "count" (with consensus) by the number
+            of agreeing models.
         elect: with consensus: "weighted" votes with weight * delta, "plain" with the rescaled delta itself.
         out: contiguous tensor [*S] to fill; may be ``base`` or one of ``tuned``.
         out_dtype: dtype of the result, default that of ``out`` or of the inputs.
@@ -91,7 +89,9 @@ def dare_merge(
 
 @dataclass(frozen=True)
 class DarePass:
-    """One tensor's DARE with its arguments checked: models of weight 0 are out, thresholds and key are drawn up."""
+    """One tensor's DARE with its arguments checked: models of weight 0 are out, thresholds and key are drawn
+    up.
+    """
 
     taking: list[int]
     weight: list[float]
@@ -104,7 +104,9 @@ class DarePass:
 
     def statistic(self, numel: int) -> L1Statistic | None:
         """The pass that ``rescale="l1"`` needs first."""
-        return L1Statistic(self) if self.rescale == "l1" and self.taking else None
+        if self.rescale != "l1" or not self.taking:
+            return None
+        return L1Statistic(self.taking, self.threshold, self.key)
 
     def run(
         self,
@@ -161,50 +163,3 @@ def dare_pass(
         rescale,
         elect if consensus else None,
     )
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Rescale factor per model that takes part."""
-
-    values: list[float]
-
-    def at(self, start: int) -> Factors:
-        """A tensor's own statistic: nothing to shift."""
-        return self
-
-
-class L1Statistic:
-    """Sums of |delta| and of the kept |delta|, in float64 over a fixed tree, chunks in any order."""
-
-    def __init__(self, pass_: DarePass) -> None:
-        self.done = False
-        self._pass = pass_
-        self._blocks: dict[int, torch.Tensor] = {}
-
-    def update(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], offset: int) -> None:
-        """Take in one chunk that starts at flat index ``offset``, a multiple of 4096, of the tensor."""
-        p = self._pass
-        models = [tuned[i] for i in p.taking]
-        self._blocks[offset] = backends.call("l1_norms", tuned[0])(
-            base, models, p.threshold, p.taking, p.key, offset
-        )
-
-    def next_round(self) -> None:
-        """One round is enough."""
-        self.done = True
-
-    def finish(self) -> Factors:
-        """The factor that restores every model's L1 norm; 1 where a norm is below 1e-7 or not finite."""
-        blocks = torch.cat([self._blocks[offset] for offset in sorted(self._blocks)])
-        while len(blocks) > 1:
-            if len(blocks) % 2:
-                blocks = torch.cat([blocks, torch.zeros_like(blocks[:1])])
-            blocks = blocks[0::2] + blocks[1::2]
-        sums = blocks[0].tolist() if len(blocks) else [[0.0, 0.0]] * len(self._pass.taking)
-        return Factors(
-            [
-                before / after if min(before, after) >= 1e-7 and math.isfinite(before) else 1.0
-                for before, after in sums
-            ]
-        )

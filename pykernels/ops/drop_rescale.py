@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from pykernels import backends, check
-
-RESCALE = ("density", "l1", None)
-STEPS = 65536
-"""A draw has 16 bits: densities are multiples of 1 / STEPS."""
+from pykernels.ops.draws import RESCALE, L1Statistic, draw_threshold, mask_key, rescale_factor
 
 
 def drop_rescale(
@@ -24,7 +19,8 @@ def drop_rescale(
 ) -> torch.Tensor:
     """Keep every entry with probability ``density`` and rescale what is kept.
 
-    Language Models are Super Mario (Yu et al., 2023), section 3. The mask is that of model 0 of ``dare_merge``.
+    Language Models are Super Mario (Yu et al., 2023), section 3. The mask is that of model 0 of
+    ``dare_merge``.
 
     Args:
         delta: contiguous tensor [*S]: float32, bfloat16, float16 or float64.
@@ -40,47 +36,17 @@ def drop_rescale(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
-    from pykernels.ops.dare_merge import dare_pass  # dare_merge builds on this file
-
     op = "drop_rescale"
     check.one_tensor(op, "delta", delta)
     [fraction] = check.density(op, density, 1)
     check.seed(op, seed)
     check.choice(op, "rescale", rescale, RESCALE)
     out = backends.output(op, out, None, delta, [delta])
-    threshold = draw_threshold(fraction)
+    threshold, key = draw_threshold(fraction), mask_key(seed, name)
     scale = rescale_factor(threshold, rescale)
     if rescale == "l1":
-        run = dare_pass(
-            weight=[1.0],
-            density=[fraction],
-            lambda_=1.0,
-            normalize=False,
-            rescale="l1",
-            consensus=None,
-            elect="weighted",
-            seed=seed,
-            name=name,
-        )
-        statistic = run.statistic(delta.numel())
-        if statistic is not None:
-            statistic.update(None, [delta], 0)
-            [scale] = statistic.finish().values
-    backends.call(op, delta)(out, delta, threshold, mask_key(seed, name), scale)
+        norms = L1Statistic([0], [threshold], key)
+        norms.update(None, [delta], 0)
+        [scale] = norms.finish().values
+    backends.call(op, delta)(out, delta, threshold, key, scale)
     return out
-
-
-def draw_threshold(density: float) -> int:
-    """An entry is kept iff its 16-bit draw is below this: round(density * 65536)."""
-    return round(density * STEPS)
-
-
-def rescale_factor(threshold: int, rescale: str | None) -> float:
-    """What "density" multiplies by: one over the realised density; 1 for the other rules."""
-    return STEPS / threshold if rescale == "density" and threshold else 1.0
-
-
-def mask_key(seed: int, name: str) -> int:
-    """The 64-bit Philox key of a tensor: blake2b of the seed (8 bytes, little endian) and the name (UTF-8)."""
-    digest = hashlib.blake2b(seed.to_bytes(8, "little") + name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

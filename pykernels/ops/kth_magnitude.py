@@ -28,7 +28,8 @@ def kth_magnitude(
         density: kept fraction in [0, 1], a number or one per model.
 
     Returns:
-        Tensor [n], float32 (float64 for float64 inputs); +Inf where k = 0; NaN ranks above Inf; 0 for no elements.
+        Tensor [n], float32 (float64 for float64 inputs); +Inf where k = 0; NaN ranks above Inf; 0 for no
+        elements.
 
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
@@ -64,9 +65,10 @@ def _magnitude(key: int, wide: bool) -> float:
 class KthStatistic:
     """The selection of :func:`kth_magnitude` over chunks that come in any order.
 
-    A chunk that is the whole scope is settled at once. Otherwise every round reads all chunks and settles one digit
-    of 16 bits by an exact histogram; for the tie rule "index" one more round counts the equals of every chunk and a
-    last one finds the flat index of the last equal to keep. States of one round can be added up across workers.
+    A chunk that is the whole scope is settled at once. Otherwise every round reads all chunks and settles
+    one digit of 16 bits by an exact histogram; for the tie rule "index" one more round counts the equals of
+    every chunk and a last one finds the flat index of the last equal to keep. States of one round can be
+    added up across workers.
     """
 
     def __init__(self, density: Sequence[float], numel: int, tie: str) -> None:

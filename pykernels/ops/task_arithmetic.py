@@ -57,7 +57,9 @@ def arithmetic_pass(
     lambda_: float,
     normalize: bool,
 ) -> None:
-    """One chunk of :func:`task_arithmetic`, arguments checked: lambda and divisor are folded into the weights."""
+    """One chunk of :func:`task_arithmetic`, arguments checked: lambda and divisor are folded into the
+    weights.
+    """
     scale = lambda_ / ((sum(weight) if normalize else 1.0) or 1.0)
     taking = [(t, w * scale) for t, w in zip(tuned, weight, strict=True) if w != 0]
     if not taking:
