@@ -118,9 +118,9 @@ def engine_lines(engine: dict[str, Any]) -> list[str]:
     ]
 
 
-def readme_table(results: Path = RESULTS) -> str:
+def readme_table() -> str:
     """What stands between the README's markers: one section per committed run."""
-    runs = [load(path) for path in sorted(results.glob("*.json"))]
+    runs = [load(path) for path in sorted(RESULTS.glob("*.json"))]
     if not runs:
         return "No run is committed yet; `pykernels bench` prints the table for your machine."
     return "\n\n".join(markdown(run) for run in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -43,12 +44,14 @@ def gigabytes(nbytes: int) -> str:
 @contextmanager
 def progress_bar(show: bool) -> Iterator[Callable[[Progress], None]]:
     """A bar in bytes with rate and time left, on a terminal only; gives the function that moves it."""
+    if not show or not sys.stderr.isatty():
+        yield lambda state: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not show or not console.is_terminal, transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("merge", total=None)
         yield lambda state: bar.update(task, completed=state.done, total=state.total)

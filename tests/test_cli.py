@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -220,8 +221,19 @@ def test_sizes():
     assert gigabytes(279_336) == "0.279 MB"
 
 
-def test_the_bar_takes_what_the_engine_reports():
+class Terminal(io.StringIO):
+    """What a terminal would show."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_the_bar_shows_bytes_on_a_terminal_unless_quiet(monkeypatch, show):
     from pykernels.engine.run import Progress
 
-    with progress_bar(True) as moved:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with progress_bar(show) as moved:
         moved(Progress(5, 10, "x"))
+    assert ("5/10 bytes" in terminal.getvalue()) == show

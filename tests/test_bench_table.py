@@ -1,0 +1,160 @@
+"""The table of benchmark cases and what is made from a run; the timing itself is not a test's matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pykernels.backends import TABLE
+from pykernels.bench import chart, inputs, peers, report
+from pykernels.bench.cases import CALLS, CASES, Case, Target
+from pykernels.bench.inputs import Spec
+from pykernels.bench.report import BEGIN, END
+
+IDEAL = {"of": "ideal", "word": "", "most": 3.5}
+ROW = {
+    "name": "ties_merge 4096x4096 bf16 n=3", "op": "ties_merge", "kind": "time", "value": 12.34, "unit": "ms",
+    "gbs": 13.6, "of_copy": 0.5, "x_ideal": 2.0, "ratio": 2.0, "met": True, "target": IDEAL,
+    "peers": [{"name": "mergekit", "x": 301.2}],
+}  # fmt: skip
+INDEX = {
+    **ROW,
+    "ratio": 1.4,
+    "met": False,
+    "target": {"of": "a row", "word": "keep", "most": 1.3},
+    "peers": [],
+}
+CALL = {
+    "name": "trim call 64 elements", "op": "trim", "kind": "call", "value": 20.0, "unit": "us", "ratio": 20.0,
+    "met": False, "target": {"of": "us", "word": "", "most": 15.0},
+}  # fmt: skip
+MACHINE = {
+    "cpu": "Some CPU @ 2",
+    "threads": 2,
+    "isa": "avx2",
+    "torch": "2.13.0",
+    "peers": {"mergekit": "0.1.5"},
+}
+MERGE = {
+    "name": "ties, hot",
+    "seconds": 0.5,
+    "against": "cp",
+    "control": 0.4,
+    "ratio": 1.25,
+    "target": "<= 1.6",
+}
+RUN = {
+    "machine": MACHINE,
+    "controls": {"before": {"ideal": 24.0, "copy": 20.0}, "after": {"ideal": 23.0, "copy": 19.0}},
+    "rows": [ROW, INDEX, CALL],
+    "engine": {"about": "base + 3 tuned", "rows": [MERGE]},
+}
+
+
+def test_names_are_unique_and_targets_name_rows():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert {c.target.of for c in CASES} - set(names) == {"ideal", "us", "MiB"}
+
+
+def test_every_public_op_has_a_case():
+    public = set(TABLE) - {"ties_fused", "l1_norms", "magnitude_histogram"}
+    assert public == set(CALLS) == {case.op for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("case", "nbytes"),
+    [
+        (Case("linear_merge"), 5 * 2 * 4096**2),
+        (Case("kth_magnitude"), 4 * 2 * 4096**2),
+        (Case("ties_merge", Spec(dtype=torch.float32, n=8)), 10 * 4 * 4096**2),
+        (Case("elect_sign"), (3 * 2 + 1) * 4096**2),
+        (Case("trim", Spec(n=1)), 2 * 2 * 4096**2),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else "",
+)
+def test_least_bytes(case, nbytes):
+    assert case.nbytes == nbytes
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.isa is None], ids=lambda case: case.name)
+def test_every_case_runs(case):
+    x = inputs.make(Spec(shape=(8, 256), dtype=case.spec.dtype, n=case.spec.n, data=case.spec.data))
+    x.out.fill_(float("nan"))
+    assert torch.isfinite(case.call(x)()).all()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.peers], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["naive torch", "tuned torch"])
+def test_peers_agree(case, name):
+    peer = next(p for p in peers.of(case) if p.name == name)
+    assert peers.compare(peer, case) < 1e-4
+
+
+def test_a_wrong_peer_is_caught():
+    case = next(c for c in CASES if c.op == "linear_merge" and c.peers)
+    good = next(iter(peers.of(case)))
+    wrong = peers.Peer("wrong", 1.0, lambda case, x: lambda: good.theirs(case, x)() * 1.001, good.ours)
+    with pytest.raises(RuntimeError, match="wrong and pykernels disagree on linear_merge"):
+        peers.compare(wrong, case)
+
+
+@pytest.mark.parametrize("data", ["gaussian", "heavy ties", "student-t 4", "block-scaled 128"])
+def test_inputs_are_staggered_and_never_constant(data):
+    x = inputs.make(Spec(shape=(64, 256), data=data))
+    offsets = [t.data_ptr() % 4096 for t in (*x.all, x.out)]
+    assert offsets == [320 * i for i in range(5)]
+    for tuned in x.tuned:
+        delta = tuned.float() - x.base.float()
+        assert delta.abs().max() > 0 and delta.std() < 0.01
+
+
+def test_targets():
+    assert Target(most=1.3).met(1.3) and not Target(most=1.3).met(1.31)
+    assert Target(least=1.6).met(1.6) and not Target(least=1.6).met(1.59)
+
+
+def test_a_run_reads_well():
+    text = report.markdown(RUN)
+    assert (
+        "| ties_merge 4096x4096 bf16 n=3 | 12.34 | 13.6 | 50 % | 2.00 | <= 3.5: yes | mergekit 301x |" in text
+    )
+    assert "| <= 1.3 x keep (is 1.40): NO |  |" in text
+    assert "| trim call 64 elements | 20 us |  |  |  | <= 15: NO |  |" in text
+    assert "| ties, hot | 0.50 | cp | 0.40 | 1.25 | <= 1.6 |" in text
+    assert "24.0 and 23.0 GB/s; copy 20.0 and 19.0 GB/s" in text
+
+
+def test_the_readme_gets_the_committed_runs(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    report.save(RUN, tmp_path / "results" / "one.json")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    assert not report.write_readme(readme, check=True)
+    assert "old" in readme.read_text()
+    report.write_readme(readme)
+    assert report.write_readme(readme, check=True)
+    text = readme.read_text()
+    assert (
+        text.startswith(f"above\n{BEGIN}\n") and text.endswith(f"{END}\nbelow\n") and "mergekit 301x" in text
+    )
+
+
+def test_a_readme_without_the_place_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing here\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        report.write_readme(tmp_path / "README.md")
+
+
+def test_results_are_named_by_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    path = report.save(RUN)
+    assert path.name == "some-cpu-2-avx2-2-threads.json"
+    assert report.load(path) == RUN
+
+
+def test_the_chart_needs_nothing_beside_it(tmp_path):
+    picture, page = chart.draw(RUN, tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert "data:image/png;base64," in text and "ties_merge 4096x4096 bf16 n=3" in text and "http" not in text
