@@ -26,7 +26,7 @@ def ties_merge(
     """base [*S] or None, tuned n x [*S], cut, weight [n] -> base + lambda_ * mean of the kept [*S], float64.
 
     ``vote``, ``share`` and ``elect`` as in :func:`consensus`; ``offset`` is the flat index of the first
-    element in the tensor that ``cut`` speaks of. A NaN delta of any model, kept or not, makes the element NaN.
+    element in the tensor that ``cut`` speaks of. A NaN delta of any model, kept or not, makes it NaN.
     """
     deltas = [delta(base, t) for t in tuned]
     deltas = [keep(d, kept(d, k, last, offset)) for d, k, last in zip(deltas, *cut, strict=True)]
