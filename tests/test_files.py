@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 STRICTER = {
     "padded with tabs", "duplicate metadata", "duplicate tensor", "duplicate by escapes", "metadata is null",
-    "rank",    "duplicate in an unknown field", "zero hides an overflow",
+    "rank", "duplicate in an unknown field", "zero hides an overflow",
 }  # fmt: skip
 """Cases that the format's own reader lets pass, and its description does not."""
 

@@ -52,7 +52,7 @@ class VerifyReport:
         """A few lines for people."""
         state = "verified" if self.ok else f"{len(self.failures)} failures"
         lines = [
-            f"{self.out}: {state}: {self.tensors} tensors, {self.nbytes / 1e9:.2f} GB in {self.seconds:.2f} s",
+            f"{self.out}: {state}: {self.tensors} tensors, {self.nbytes / 1e9:.2f} GB, {self.seconds:.2f} s",
             f"recomputed with the reference: {', '.join(map(shown, self.recomputed)) or 'nothing'}",
         ]
         lines += [
