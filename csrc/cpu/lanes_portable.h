@@ -93,7 +93,7 @@ PK_IN Pair load(const bf16* p) {
 PK_IN Pair load(const f16* p) {
   f16 h[8];
   memcpy(h, p, 16);
-  Pair x;
+  Pair x = {F::of(0), F::of(0)};
   for (int i = 0; i < 4; i++) {
     x.a.v[i] = to_float(h[i]);
     x.b.v[i] = to_float(h[i + 4]);
@@ -101,7 +101,7 @@ PK_IN Pair load(const f16* p) {
   return x;
 }
 PK_IN Pair load(const float* p) {
-  Pair x;
+  Pair x = {F::of(0), F::of(0)};
   memcpy(&x, p, 32);
   return x;
 }
