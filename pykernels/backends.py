@@ -156,8 +156,8 @@ def output(
     if out is not None:
         check.output(op, out, out_dtype, like, inputs)
         return out
-    new = torch.empty(like.shape, dtype=check.result_dtype(op, out_dtype, like), device=like.device)
-    if new.device.type == "cpu" and new.numel() >= _HUGE and missing("cpu") is None:
+    new = torch.empty_like(like, dtype=check.result_dtype(op, out_dtype, like))
+    if new.numel() >= _HUGE and new.device.type == "cpu" and missing("cpu") is None:
         importlib.import_module("pykernels.native").advise_huge(new)
     return new
 

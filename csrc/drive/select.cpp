@@ -328,7 +328,10 @@ std::vector<Cut> kth_magnitude(const Inputs& in, const int64_t* k, int threads) 
   }
   if (open.empty()) return cuts;
   std::vector<Bracket> found;
-  if (in.numel > kSmall) found = brackets(in, k, threads);
+  if (in.numel > kSmall)
+    found = brackets(in, k, threads);
+  else
+    threads = 1;  // waking the pool costs more than the work
   for (size_t first = 0; first < open.size(); first += kBand) {
     const size_t n = std::min<size_t>(kBand, open.size() - first);
     std::vector<Band> bands;
