@@ -22,7 +22,7 @@ from tests import cases
 from tests.bounds import Terms, assert_same_bits, assert_within, consensus_terms, linear_terms
 from tests.cases import DTYPES, EDGES, Case, make
 
-native = pytest.importorskip("pykernels.native")
+native = pytest.importorskip("pykernels.native", exc_type=ImportError)
 TRUTH = {"linear_merge": linear_merge, "ties_merge": ties_merge, "dare_merge": dare_merge}
 ISAS = native.isas()
 

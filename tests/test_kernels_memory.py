@@ -15,7 +15,7 @@ from pykernels.backends import Cut
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES, EDGES, SHORT, Case, make, weights
 
-native = pytest.importorskip("pykernels.native")
+native = pytest.importorskip("pykernels.native", exc_type=ImportError)
 PAGE = mmap.PAGESIZE
 Place = Callable[[torch.Tensor], torch.Tensor]
 
