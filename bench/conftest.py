@@ -9,4 +9,4 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Turn autosave on, unless the caller named a file."""
     if not getattr(config.option, "benchmark_json", None):
-        config.option.benchmark_autosave = True
+        config.option.benchmark_autosave = "pykernels"
