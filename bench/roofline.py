@@ -31,10 +31,12 @@ Row = dict[str, Any]
 Timed = Mapping[str, Callable[[int], Any]]
 
 
-def interleave(calls: Timed, rounds: int) -> dict[str, list[float]]:
+def interleave(calls: Timed, rounds: int, settle: Callable[[int], Any]) -> dict[str, list[float]]:
     """Seconds of every call in every round, the calls taking turns. A call gets the round's number.
 
-    A call may have a ``setting`` (it gives a context): it is entered and the call run once, untimed.
+    ``settle`` runs untimed before every call: whatever ran before would otherwise leave its dirty lines in the
+    cache, to be written back at the next call's cost. A call may have a ``setting`` (it gives a context): it is
+    entered and the call run once, untimed.
     """
     for call in calls.values():
         call(0)
@@ -45,6 +47,7 @@ def interleave(calls: Timed, rounds: int) -> dict[str, list[float]]:
                 if setting := getattr(call, "setting", None):
                     stack.enter_context(setting())
                     call(i - 1)
+                settle(i + 1)
                 start = time.perf_counter()
                 call(i)
                 seconds[name].append(time.perf_counter() - start)
@@ -107,7 +110,7 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
         plain = [case.call(x) for x in inputs]
         call: Callable[[int], Any] = lambda i, plain=plain: plain[i % len(plain)]()  # noqa: E731
         timed[case.name] = Setting(case, call) if case.isa or case.threads else call
-    seconds = interleave(timed, rounds(max(c.nbytes for c in cases)))
+    seconds = interleave(timed, rounds(max(c.nbytes for c in cases)), control(inputs, Case("linear_merge")))
     middle = {name: statistics.median(s) for name, s in seconds.items()}
     copy_rate = 2 * COPY_BYTES / middle["copy"]
     for case in cases:
@@ -204,7 +207,8 @@ def controls() -> dict[str, float]:
     spec = Spec()
     x = make(spec)
     case = Case("linear_merge", spec)
-    seconds = interleave({"copy": copy(), "ideal": control([x], case)}, 7)
+    ideal = control([x], case)
+    seconds = interleave({"copy": copy(), "ideal": ideal}, 7, ideal)
     nbytes = {"copy": 2 * COPY_BYTES, "ideal": case.nbytes}
     return {name: nbytes[name] / statistics.median(s) / 1e9 for name, s in seconds.items()}
 
