@@ -25,7 +25,7 @@ FLOORS = (
     ("engine.run",),
     ("engine.verify", "engine.plan", "engine"),
     ("engine.files", "engine.header", "engine.index", "engine.shard", "engine.strict_json"),
-    ("engine.recipe", "engine.settings", "engine.strict_yaml", "engine.sizes"),
+    ("engine.recipe", "engine.settings", "engine.strict_yaml", "engine.sizes", "engine.collector"),
     ("methods",),
     ("ops",),
     ("backends",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, Protocol
 
 import torch
@@ -92,8 +92,6 @@ class Compute:
             self._copy(index, out, sink)
         else:
             self._merge(index, out, sink)
-        for source in out.sources:
-            self._inputs.drop(source)
 
     def _copy(self, index: int, out: Output, sink: Sink) -> None:
         for start in range(0, out.nbytes, self._budget.chunk):
@@ -191,7 +189,12 @@ def merge_whole(
 
 def _common(sources: tuple[Source, ...]) -> torch.dtype:
     """The smallest dtype that holds every value of all sources exactly."""
-    return reduce(torch.promote_types, (TORCH_DTYPE[source.dtype] for source in sources))
+    return _promoted(frozenset(source.dtype for source in sources))
+
+
+@cache
+def _promoted(codes: frozenset[str]) -> torch.dtype:
+    return reduce(torch.promote_types, (TORCH_DTYPE[code] for code in sorted(codes)))
 
 
 def _chunks(numel: int, step: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import warnings
@@ -17,6 +18,7 @@ from pykernels.engine.units import Source
 PAGE = 4096
 MAX_OPEN = 64
 """Files mapped at once: a model may have hundreds, and descriptors are few."""
+_MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
 
 with warnings.catch_warnings():
     # torch says once per process that a read-only buffer must not be written to; nothing here writes to one.
@@ -35,7 +37,9 @@ class MappedFile:
         with open_regular(Path(path)) as handle:
             check_identity(path, os.fstat(handle), identity)
             self._map = mmap.mmap(handle, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        self._advise("MADV_SEQUENTIAL", 0, len(self._map))
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            self._map.madvise(mmap.MADV_SEQUENTIAL)
+        self._address = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
 
     def tensor(self, start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         """Bytes ``start`` to ``end`` as a 1-D tensor that aliases the file, at any alignment; read-only."""
@@ -45,11 +49,12 @@ class MappedFile:
 
     def drop(self, start: int, end: int) -> None:
         """These bytes are not needed again soon: their pages leave this process, not the page cache."""
-        self._advise("MADV_DONTNEED", -(-start // PAGE) * PAGE, end // PAGE * PAGE)
-
-    def _advise(self, advice: str, start: int, end: int) -> None:
-        if end > start and hasattr(mmap, advice):
-            self._map.madvise(getattr(mmap, advice), start, end - start)
+        first, last = -(-start // PAGE) * PAGE, end // PAGE * PAGE
+        if last > first and _MADVISE is not None:
+            # Not mmap's own method: it holds the interpreter's lock, for milliseconds per tensor.
+            _MADVISE(
+                ctypes.c_void_p(self._address + first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+            )
 
 
 def check_identity(path: str, status: os.stat_result, identity: FileIdentity | None) -> None:
@@ -90,8 +95,10 @@ class Inputs:
         return self.file(source.file).tensor(start, start + count, torch.uint8)
 
     def drop(self, source: Source) -> None:
-        """The source was used up."""
-        self.file(source.file).drop(source.start, source.end)
+        """The source was used up. Any thread may say so."""
+        mapped = self._open.get(source.file)
+        if mapped is not None:
+            mapped.drop(source.start, source.end)
 
     def close(self) -> None:
         """Let go of every file; each is unmapped with its last tensor."""

@@ -53,9 +53,11 @@ def record_text(plan: Plan, written: Mapping[int, Written], companions: Mapping[
         "recipe": plan.recipe,
         "tensors": tensors,
         "companions": dict(companions),
-        "plan": json.loads(plan.to_json()),
+        "plan": plan,
     }
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(content, ensure_ascii=False, default=vars) + "\n"
+    )  # a plan is plain data all the way down
 
 
 def _backend() -> dict[str, str | None]:

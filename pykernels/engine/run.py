@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pykernels.engine.arena import Arena
+from pykernels.engine.collector import frozen
 from pykernels.engine.commit import publish, workplace
 from pykernels.engine.companions import CARD, INDEX, index_text, write_companions
 from pykernels.engine.compute import Budget, Compute
@@ -78,6 +79,7 @@ class Report:
         return (self.read + self.written) / self.seconds / 1e9
 
 
+@frozen()
 def merge(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     out: str | Path,
@@ -126,7 +128,7 @@ def merge(
         written: Mapping[int, Written] = {}
         if not dry_run:
             with _threads(threads):
-                written = _write(plan, out, Compute(plan, inputs, budget, meter.add), budget, durable)
+                written = _write(plan, out, inputs, meter, budget, durable)
     finally:
         inputs.close()
     meter.finish()
@@ -136,12 +138,15 @@ def merge(
     return Report(out, plan, dry_run, seconds, plan.total_read, plan.total_write, nonfinite, told)
 
 
-def _write(plan: Plan, out: Path, compute: Compute, budget: Budget, durable: bool) -> Mapping[int, Written]:
+def _write(
+    plan: Plan, out: Path, inputs: Inputs, meter: _Meter, budget: Budget, durable: bool
+) -> Mapping[int, Written]:
+    compute = Compute(plan, inputs, budget, meter.add)
     with workplace(plan, out) as folder:
         names = write_companions(plan, folder)
         compute.survey()
         writer = ShardWriter(Arena(budget.ring), durable=durable)
-        prefetcher = Prefetcher(plan.outputs)
+        prefetcher = Prefetcher(plan.outputs, inputs)
         try:
             shard = -1
             for number, output in enumerate(plan.outputs):

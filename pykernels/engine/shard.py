@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import os
 import stat
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pykernels.engine.collector import no_collection
 from pykernels.engine.header import parse_header, read_length
 from pykernels.engine.strict_json import FileError, shown
 
@@ -75,7 +75,7 @@ def read_shard(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], FileI
         length = read_length(name, head, status.st_size)
         raw = read_exactly(name, handle, 8, length)
     data, file = 8 + length, str(path)
-    with _no_collection():
+    with no_collection():
         entries, metadata = parse_header(name, raw, status.st_size - data)
         tensors = {
             tensor: TensorInfo(tensor, entry.dtype, entry.shape, file, data + entry.start, data + entry.end)
@@ -83,18 +83,6 @@ def read_shard(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], FileI
         }
     digest = hashlib.sha256(head[:8] + raw).hexdigest()
     return tensors, metadata, FileIdentity(status.st_size, status.st_mtime_ns, digest)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    # The collector would walk the growing tables again and again: twice the time for a million tensors.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def read_exactly(name: str, handle: int, start: int, count: int) -> bytes:

@@ -110,7 +110,7 @@ class ShardWriter:
         """The next ``nbytes`` bytes of the file, as a 1-D tensor to fill. ``last``: ``tensor`` ends here."""
         if nbytes > self._arena.size - BLOCK:
             raise ValueError(f"reserve: {nbytes} bytes do not fit in a ring of {self._arena.size}")
-        if sum(piece.nbytes for piece in self._pending) >= BATCH:
+        if self._pending and self._at - self._pending[0].at >= BATCH:
             self._submit()
         if self._at + nbytes > self._arena.size:
             self._wrap(nbytes)
