@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 import pykernels
 from pykernels.engine import writer
 from pykernels.engine.files import FileError
+from pykernels.engine.nonfinite import count_nonfinite
 from pykernels.engine.preflight import OutputError
 from pykernels.engine.run import Progress, merge
 from tests.checkpoints import METHODS, SHAPES, WEIGHTS, load, recipe, same, write_model, write_models
@@ -132,6 +131,34 @@ def test_data_at_odd_offsets(home: Path, tmp_path: Path) -> None:
         path.write_bytes(length.to_bytes(8, "little") + raw[8 : length + 5] + b"   " + raw[length + 5 :])
     merge(recipe(tmp_path, "ties"), tmp_path / "odd")
     assert same(load(tmp_path / "odd"), load(tmp_path / "aligned"))
+
+
+def test_models_in_the_hub_cache(home: Path, tmp_path: Path) -> None:
+    """Every file of a snapshot is a link into the blobs beside it."""
+    for name in ("base", "t0"):
+        cache = tmp_path / f"models--org--{name}"
+        write_model(cache / "blobs", load(home / name))
+        (cache / "snapshots" / name).mkdir(parents=True)
+        for blob in (cache / "blobs").iterdir():
+            (cache / "snapshots" / name / blob.name).symlink_to(f"../../blobs/{blob.name}")
+        (tmp_path / name).symlink_to(cache / "snapshots" / name)
+    merge(recipe(tmp_path, "linear", tuned=1, base_model=str(tmp_path / "base")), tmp_path / "out")
+    assert same(load(tmp_path / "out"), load(home / "t0"))
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and not (
+        tmp_path / "out" / "tokenizer.json"
+    ).is_symlink()
+
+
+def test_without_the_extension(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pykernels.use_backend("ref"):
+        merge(recipe(home, "ties"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "pykernels.json").read_text())["backend"] == "ref"
+    for name, wanted in expected(home, "ties").items():
+        torch.testing.assert_close(load(tmp_path / "out")[name], wanted)
+    values = torch.tensor([1.0, float("nan"), float("-inf"), 65504.0, 0.0]).half()
+    assert count_nonfinite(values) == 2
+    monkeypatch.setattr("pykernels.backends.missing", lambda name: "not built")
+    assert count_nonfinite(values) == 2
 
 
 def test_what_lies_beside_the_weights(home: Path, tmp_path: Path) -> None:
@@ -329,52 +356,3 @@ def test_file_descriptors_do_not_leak(home: Path, tmp_path: Path) -> None:
     for i in range(3):
         merge(recipe(home, "ties"), tmp_path / f"out{i}", shard_size="30KB")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-MEASURE = """
-import sys, threading, time, torch
-import pykernels.engine.run as run
-def anonymous():
-    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-recipe, out, memory = sys.argv[1:]
-pykernels_ready = torch.randn(10).sort()
-peak, stop = [0], threading.Event()
-def watch():
-    while not stop.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-run.merge(recipe, out, memory=memory)
-stop.set()
-thread.join()
-print(peak[0] - before)
-"""
-
-
-def grown(home: Path, out: Path, memory: str) -> int:
-    """Bytes of anonymous memory that a merge in a fresh process takes."""
-    path = out.parent / "recipe.yml"
-    path.write_text(json.dumps(recipe(home, "ties", tuned=2)))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path), str(out), memory],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout)
-
-
-def test_anonymous_memory(tmp_path: Path) -> None:
-    largest = 16_000_000
-    for layers in (2, 8):
-        for name in ("base", "t0", "t1"):
-            values = torch.randn(2000, 4000)
-            state = {f"model.layers.{i}.w": (values + i).bfloat16() for i in range(layers)}
-            write_model(tmp_path / str(layers) / name, state)
-    few = grown(tmp_path / "2", tmp_path / "2" / "out", "2GB")
-    many = grown(tmp_path / "8", tmp_path / "8" / "out", "2GB")
-    assert many <= 3 * largest + 100_000_000 and many <= few + 16_000_000
-    assert grown(tmp_path / "2", tmp_path / "2" / "small", "8MB") <= 8_000_000 + 24_000_000
-    assert same(load(tmp_path / "2" / "out"), load(tmp_path / "2" / "small"))

@@ -33,7 +33,6 @@ class Sink(Protocol):
 class Budget:
     """How ``memory`` bytes of anonymous memory are shared out for one plan."""
 
-    memory: int
     chunk: int
     whole: int
     ring: int
@@ -54,7 +53,7 @@ class Budget:
         room = (memory - scratch - (4 << 20)) // 2
         whole = room if scratch and room > 0 else 0
         largest = max((out.nbytes for out in merged if out.nbytes <= whole), default=0)
-        return Budget(memory, chunk, whole, max(4 * chunk, 2 * largest + 2 * BLOCK))
+        return Budget(chunk, whole, max(4 * chunk, 2 * largest + 2 * BLOCK))
 
 
 class Compute:
@@ -81,6 +80,8 @@ class Compute:
         while not statistic.done:
             for out in segment:
                 self._observe(statistic, out, out.flat or 0)
+                for source in out.sources:
+                    self._inputs.drop(source)
             statistic.next_round()
         self._model_stats = statistic.finish()
 

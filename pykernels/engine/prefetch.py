@@ -89,7 +89,7 @@ def _cached(source: Source) -> bool:
 
 
 def _ask(sources: Sequence[Source]) -> None:
-    """Have what is not in memory read, a few megabytes of each source in turn, as the kernels will want them."""
+    """Have what is not in memory read, a few megabytes of each source in turn."""
     sources = [source for source in sources if source.nbytes and not _cached(source)]
     if not sources or not hasattr(os, "posix_fadvise"):
         return
