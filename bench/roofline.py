@@ -34,9 +34,9 @@ Timed = Mapping[str, Callable[[int], Any]]
 def interleave(calls: Timed, rounds: int, settle: Callable[[int], Any]) -> dict[str, list[float]]:
     """Seconds of every call in every round, the calls taking turns. A call gets the round's number.
 
-    ``settle`` runs untimed before every call: whatever ran before would otherwise leave its dirty lines in the
-    cache, to be written back at the next call's cost. A call may have a ``setting`` (it gives a context): it is
-    entered and the call run once, untimed.
+    ``settle`` runs untimed before every call: whatever ran before would otherwise leave its dirty lines in
+    the cache, to be written back at the next call's cost. A call may have a ``setting`` (it gives a context):
+    it is entered and the call run once, untimed.
     """
     for call in calls.values():
         call(0)
