@@ -15,8 +15,9 @@ from pykernels.engine.files import TORCH_DTYPE, FileError, shown
 from pykernels.engine.mapped import Inputs, MappedFile
 from pykernels.engine.units import Output, Plan
 
-ELEMENTS = 1 << 25
+ELEMENTS = 1 << 24
 """Elements that all samples have together, at the most: seconds of the reference."""
+STEP = 1 << 20
 MEMORY = 1 << 30
 UNIT = 2.0**-24
 """Largest relative error of one float32 operation."""
@@ -55,7 +56,7 @@ def recompute(
                 compute.run(0, output, memory)
             shard = plan.shards[output.shard].name
             written = MappedFile(str(out / shard)).tensor(output.start, output.end, TORCH_DTYPE[output.dtype])
-            wrong = _differ(written, torch.cat(memory.pieces), _slack(plan.method, output, inputs))
+            wrong = _count_wrong(plan.method, output, inputs, written, torch.cat(memory.pieces))
             if wrong:
                 failures.append(
                     f"{shard}: tensor {shown(output.name)}: {wrong} of {output.numel} elements are not "
@@ -80,6 +81,19 @@ def _choose(outputs: Sequence[Output], count: int) -> list[Output]:
     return chosen or sorted(merged, key=lambda o: o.numel)[: min(1, count)]
 
 
+def _count_wrong(
+    method: str, output: Output, inputs: Inputs, written: torch.Tensor, reference: torch.Tensor
+) -> int:
+    """How many elements are further from the reference than rounding explains."""
+    factors, wrong = _factors(method, output), 0
+    for first in range(0, output.numel, STEP):
+        count = min(STEP, output.numel - first)
+        read = [inputs.elements(source, first, count).double() for source in output.sources]
+        slack = _slack(read, factors, has_base=output.base is not None)
+        wrong += _differ(written[first : first + count], reference[first : first + count], slack)
+    return wrong
+
+
 def _differ(written: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor) -> int:
     """How many elements differ by more than one unit in the last place and ``slack``."""
     w, r = written.double(), reference.double()
@@ -89,17 +103,15 @@ def _differ(written: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor)
     return int((~(near | (w == r) | (w.isnan() & r.isnan()))).sum())
 
 
-def _slack(method: str, output: Output, inputs: Inputs) -> torch.Tensor:
+def _slack(read: Sequence[torch.Tensor], factors: Sequence[float], *, has_base: bool) -> torch.Tensor:
     """What float32 sums in model order may differ from float64 ones: a few units of the sum of magnitudes.
 
     Every product and sum of n models adds at most one unit of relative error, so 2 n + 4 units of
     |base| + sum(|factor_i * delta_i|) cover numerator, division, lambda and the last sum.
     """
-    sources = output.sources
-    read = [inputs.elements(source, 0, output.numel).double() for source in sources]
-    base, tuned = (read[0], read[1:]) if output.base else (torch.zeros(()), read)
+    base, tuned = (read[0], read[1:]) if has_base else (torch.zeros_like(read[0]), read)
     total = base.abs()
-    for factor, tensor in zip(_factors(method, output), tuned, strict=True):
+    for factor, tensor in zip(factors, tuned, strict=True):
         if factor:  # a model of weight 0 takes no part, whatever it holds
             total = total + factor * (tensor - base).abs()
     return (2 * len(tuned) + 4) * UNIT * total

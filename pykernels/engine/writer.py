@@ -6,6 +6,7 @@ hashes it, counts its NaN and Inf and hands it to the system slice by slice whil
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -165,6 +166,9 @@ class ShardWriter:
             try:
                 if self._failure is None:
                     self._write(batch)
+            except OSError as error:
+                where = f"{error.strerror} at byte {batch.file.sent}"
+                self._failure = OSError(error.errno, where, str(batch.file.path))
             except BaseException as error:  # raised again on the calling thread
                 self._failure = error
             finally:
@@ -216,12 +220,12 @@ def _pwrite(file: _File, part: memoryview) -> int:
     try:
         return os.pwrite(file.handle, part, file.sent)
     except OSError as error:
-        if file.direct and error.errno == 22:  # this file system wants other blocks than ours
-            flags = fcntl.fcntl(file.handle, fcntl.F_GETFL)
-            fcntl.fcntl(file.handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-            file.direct = False
-            return 0
-        raise OSError(error.errno, f"{error.strerror} at byte {file.sent}", str(file.path)) from error
+        if not file.direct or error.errno != errno.EINVAL:
+            raise
+        # This file system wants other blocks than ours: go through the page cache from here on.
+        fcntl.fcntl(file.handle, fcntl.F_SETFL, fcntl.fcntl(file.handle, fcntl.F_GETFL) & ~os.O_DIRECT)
+        file.direct = False
+        return 0
 
 
 def _close(file: _File) -> None:
