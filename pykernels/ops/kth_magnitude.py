@@ -39,6 +39,8 @@ def kth_magnitude(
     k = counts(check.density(op, density, len(tuned)), like.numel())
     wide = like.dtype == torch.float64
     cut = backends.call(op, like)(base, list(tuned), k)
+    for i in (i for i, count in enumerate(k) if count == like.numel() > 0):
+        cut.key[i] = _smallest(base, tuned[i])
     values = [
         math.inf if count == 0 else _magnitude(key, wide) for key, count in zip(cut.key, k, strict=True)
     ]
@@ -50,6 +52,15 @@ def kth_magnitude(
 def counts(density: Sequence[float], numel: int) -> list[int]:
     """k per model: int(density * numel) in binary64, at least 1 unless the density is 0."""
     return [0 if d == 0 else min(numel, max(1, int(d * numel))) for d in density]
+
+
+def _smallest(base: torch.Tensor | None, tuned: torch.Tensor) -> int:
+    """The smallest key of a model: what k = numel asks for, though its cut keeps all without a search."""
+    key = 0
+    for shift in range((64 if tuned.dtype == torch.float64 else 32) - DIGIT, -1, -DIGIT):
+        bins = backends.call("magnitude_histogram", tuned)(base, [tuned], shift, [key])
+        key = key << DIGIT | int(bins[0].nonzero()[0])
+    return key
 
 
 def _magnitude(key: int, wide: bool) -> float:
