@@ -28,8 +28,9 @@ NUMEL = 30_001
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 8192 elements over all models, so that small tensors need many of them."""
+    """Blocks of 8192 elements over all models and no sorting, so that small tensors go the long way."""
     monkeypatch.setattr(blocks, "LARGEST", 8192)
+    monkeypatch.setattr(blocks, "SORTED", 0)
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=SHORT.get)
@@ -74,6 +75,13 @@ def test_radix_of_close_float64_deltas(small_blocks):
     d = 1 + torch.randperm(NUMEL, generator=torch.Generator().manual_seed(1)).double() * 2**-52
     for k in (1, 9000, NUMEL - 1):
         assert blocks.kth_magnitude(None, [d], [k]) == kth_magnitude(None, [d], [k])
+
+
+def test_small_tensors_are_sorted():
+    base, tuned = make("ties", 65536, 2, torch.float16)
+    with LargestStorage([base, *tuned]) as seen:
+        assert blocks.kth_magnitude(base, tuned, [0, 9000]) == kth_magnitude(base, tuned, [0, 9000])
+    assert seen.elements == 65536
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=SHORT.get)

@@ -91,7 +91,7 @@ def test_dropping_by_hand():
 
 
 def test_dare_is_unbiased_with_the_variance_of_the_paper():
-    # A linear layer: E[drop(delta) x] = delta x, variance p / (1 - p) * sum((delta x)^2), p the rate of drops.
+    # A linear layer: E[drop(delta) x] = delta x, variance p / (1 - p) * sum((delta x)^2), p the drop rate.
     g = torch.Generator().manual_seed(3)
     delta, x = torch.randn(512, generator=g) * 0.01, torch.randn(512, generator=g).double()
     threshold = 13107  # density 0.2

@@ -21,10 +21,12 @@ from pykernels.ref import ties_merge as _ties_merge
 from pykernels.ref import trim as _trim
 from pykernels.ref.delta import delta as _delta
 from pykernels.ref.delta import key as _key
+from pykernels.ref.kth_magnitude import kth_magnitude as _kth_magnitude
 from pykernels.ref.kth_magnitude import none_kept
 from pykernels.ref.rounding import round_once
 
 LARGEST = 2**20
+SORTED = 2**16  # up to here sorting all keys beats counting them into as many bins
 L1_BLOCK = _l1_norms.BLOCK
 DIGIT = 16
 
@@ -131,6 +133,8 @@ def magnitude_histogram(
 
 def kth_magnitude(base: torch.Tensor | None, tuned: Tensors, k: list[int]) -> Cut:
     """The exact cut of every model, digit by digit: no more than a block's keys are ever held."""
+    if tuned[0].numel() <= SORTED:
+        return _kth_magnitude(base, tuned, k)
     cuts = [_radix_cut(base, t, count) for t, count in zip(tuned, k, strict=True)]
     return Cut([cut[0] for cut in cuts], [cut[1] for cut in cuts])
 
