@@ -15,7 +15,7 @@ from pykernels.engine.files import TORCH_DTYPE, FileError, shown
 from pykernels.engine.mapped import Inputs, MappedFile
 from pykernels.engine.units import Output, Plan
 
-ELEMENTS = 1 << 24
+ELEMENTS = 1 << 23
 """Elements that all samples have together, at the most: seconds of the reference."""
 STEP = 1 << 20
 MEMORY = 1 << 30
