@@ -109,14 +109,16 @@ void gather(const void* base, const void* data, const int64_t* starts, int64_t g
 
 /// Keys of one model's records that lie in its band, and which records they are, in no particular order.
 template <class T>
-int64_t in_band(const Records& records, int model, uint32_t low, uint32_t high, uint32_t* keys, uint32_t* places) {
+int64_t in_band(const Records& records, int model, uint32_t low, uint32_t high, uint32_t* keys,
+                uint32_t* places) {
   const void* data = records.tuned[model];
   const U from = broadcast(low), to = broadcast(high);
   int64_t stored = 0, i = 0;
   for (; i + kGroup <= records.stored; i += kGroup) {
     U a, b;
     pair_keys<T>(records.base, data, i, a, b);
-    const M in_a = and_not(at_least(a, from), at_least(a, to)), in_b = and_not(at_least(b, from), at_least(b, to));
+    const M in_a = and_not(at_least(a, from), at_least(a, to)),
+            in_b = and_not(at_least(b, from), at_least(b, to));
     compress(places + stored, in_a, lane_numbers<T>(uint32_t(i), 0));
     stored += compress(keys + stored, in_a, a);
     compress(places + stored, in_b, lane_numbers<T>(uint32_t(i), 1));

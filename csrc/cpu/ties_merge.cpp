@@ -13,15 +13,21 @@ void ties_merge(const Merge& job, int combine, int64_t begin, int64_t end) {
 
 namespace {
 
+/// Inputs may stand at any byte; records are aligned.
+template <class T>
+PK_IN void copy_element(void* to, int64_t r, const void* from, int64_t e) {
+  memcpy(static_cast<char*>(to) + r * int64_t(sizeof(T)),
+         static_cast<const char*>(from) + e * int64_t(sizeof(T)), sizeof(T));
+}
+
 template <class T>
 void record(const Merge& job, Records& records, int64_t i, uint32_t uncertain) {
   int64_t r = records.stored;
   for (; uncertain; uncertain &= uncertain - 1, r++) {
     const int64_t e = i + __builtin_ctz(uncertain);
     records.index[r] = e;
-    if (job.base) static_cast<T*>(records.base)[r] = static_cast<const T*>(job.base)[e];
-    for (int m = 0; m < job.n; m++)
-      static_cast<T*>(records.tuned[m])[r] = static_cast<const T*>(job.models[m].data)[e];
+    if (job.base) copy_element<T>(records.base, r, job.base, e);
+    for (int m = 0; m < job.n; m++) copy_element<T>(records.tuned[m], r, job.models[m].data, e);
   }
   records.stored = r;
 }
