@@ -53,5 +53,9 @@ class InFlight:
     def wait(self, start: int, end: int) -> None:
         """Return when ``start`` to ``end`` is free again. An interrupt gets through."""
         with self._changed:
-            while any(low < end and start < high for low, high in self._ranges):
+            while not self.is_free(start, end):
                 self._changed.wait()
+
+    def is_free(self, start: int, end: int) -> bool:
+        """Whether the writer has nothing to do with ``start`` to ``end``."""
+        return not any(low < end and start < high for low, high in tuple(self._ranges))

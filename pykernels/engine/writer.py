@@ -26,6 +26,8 @@ BLOCK = 4096
 """File position and memory address agree modulo this; whole blocks are written, the rest waits."""
 SLICE = 256 << 10
 BATCH = 4 << 20
+NEAR = 32 << 20
+"""Ring positions from which on it is worth going back to the beginning early."""
 DIRECT_WRITE = 4 << 20
 
 
@@ -113,7 +115,7 @@ class ShardWriter:
             raise ValueError(f"reserve: {nbytes} bytes do not fit in a ring of {self._arena.size}")
         if self._pending and self._at - self._pending[0].at >= BATCH:
             self._submit()
-        if self._at + nbytes > self._arena.size:
+        if self._at + nbytes > self._arena.size or (self._at >= NEAR and self._is_free_below(nbytes)):
             self._wrap(nbytes)
         else:
             self._flight.wait(self._at, self._at + nbytes)
@@ -143,6 +145,11 @@ class ShardWriter:
     def _check(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _is_free_below(self, nbytes: int) -> bool:
+        """Whether the ring's beginning can be used again: warm pages, where those ahead may be untouched."""
+        held = self._pending[0].at if self._pending else self._at - BLOCK
+        return held >= nbytes + BLOCK and self._flight.is_free(0, nbytes + BLOCK)
 
     def _wrap(self, nbytes: int) -> None:
         self._submit()
