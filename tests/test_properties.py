@@ -131,10 +131,25 @@ def test_a_common_factor_of_the_weights_cancels(factor, data, density):
         assert torch.equal(once[finite], more[finite])
 
 
+def over_chunks(method, p, base, tuned, chunks, shuffle):
+    """All rounds of the statistic and then the merge, chunk by chunk in an order that ``shuffle`` makes."""
+    statistic = method.statistic(p, base.numel())
+    while statistic is not None and not statistic.done:
+        shuffle(chunks)
+        for c in chunks:
+            statistic.update(base[c], [t[c] for t in tuned], c.start)
+        statistic.next_round()
+    out = torch.full_like(base, math.nan)
+    for c in chunks:
+        stats = statistic.finish() if statistic is not None else None
+        method.merge(p, out[c], base[c], [t[c] for t in tuned], c.start, stats)
+    return out
+
+
 @given(
     st.sampled_from(sorted(METHODS)),
     kinds,
-    dtypes,
+    st.sampled_from((*DTYPES, torch.float64)),
     densities,
     st.sampled_from(["index", "keep"]),
     st.sampled_from(["density", "l1"]),
@@ -152,16 +167,7 @@ def test_methods_over_chunks_give_the_bits_of_the_op(
         "elect": "weighted", "rescale": rescale, "seed": 1, "name": "w",
     }  # fmt: skip
     chunks = [slice(s, min(numel, s + 4096 * blocks)) for s in range(0, numel, 4096 * blocks)]
-    statistic = method.statistic(p, numel)
-    while statistic is not None and not statistic.done:
-        random.shuffle(chunks)
-        for c in chunks:
-            statistic.update(base[c], [t[c] for t in tuned], c.start)
-        statistic.next_round()
-    out = torch.full_like(base, math.nan)
-    for c in chunks:
-        stats = statistic.finish() if statistic is not None else None
-        method.merge(p, out[c], base[c], [t[c] for t in tuned], c.start, stats)
+    out = over_chunks(method, p, base, tuned, chunks, random.shuffle)
     options = {"weight": p["weight"], "normalize": True}
     dare = {"density": density, "seed": 1, "name": "w", "lambda_": 0.7, "rescale": rescale}
     wanted = {
@@ -172,3 +178,20 @@ def test_methods_over_chunks_give_the_bits_of_the_op(
         "dare_ties": lambda: pk.dare_merge(base, tuned, consensus="ties", **dare, **options),
     }[name]()
     assert_same_bits(out, wanted)
+
+
+def test_a_float64_cut_whose_first_digits_are_zero():
+    g = torch.Generator().manual_seed(0)
+    delta = torch.randint(1, 2**31, (8192,), generator=g).view(torch.float64).clone()  # subnormals
+    delta[::10] = 1.0
+    p = {
+        "weight": [1.0],
+        "density": [0.5],
+        "lambda": 1.0,
+        "normalize": True,
+        "tie": "index",
+        "elect": "weighted",
+    }
+    base, chunks = torch.zeros_like(delta), [slice(0, 4096), slice(4096, 8192)]
+    merged = over_chunks(METHODS["ties"], p, base, [delta], chunks, list.reverse)
+    assert_same_bits(merged, pk.ties_merge(base, [delta], density=0.5))

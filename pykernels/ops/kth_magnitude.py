@@ -134,9 +134,8 @@ class KthStatistic:
     def _count_digit(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor]) -> None:
         if self._shift < 0:
             self._shift = (64 if tuned[0].dtype == torch.float64 else 32) - DIGIT
-        first = self._shift + DIGIT in (32, 64) and not any(self._prefix)
         histogram = backends.call("magnitude_histogram", tuned[0])
-        bins = histogram(base, list(tuned), self._shift, None if first else self._prefix)
+        bins = histogram(base, list(tuned), self._shift, self._prefix)
         self._bins = bins if self._bins is None else self._bins + bins
 
     def _settle_digit(self, bins: torch.Tensor) -> None:
