@@ -46,7 +46,9 @@ class CMakeBuild(build_ext):
         subprocess.run([*cmake(), "--build", str(build), "--target", target, "--parallel"], check=True)
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(next(build.glob(f"{target}.*so")), out)
+        fresh = out.with_name(f".{out.name}")  # a process may have the old one mapped
+        shutil.copy2(next(build.glob(f"{target}.*so")), fresh)
+        fresh.replace(out)
 
     def configuration(self) -> list[str]:
         """Explicit paths: an isolated build puts pybind11 and ninja in a new folder every time."""

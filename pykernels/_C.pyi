@@ -1,7 +1,14 @@
 """Types of the compiled module: addresses, sizes and codes; see csrc/bindings.cpp."""
 
 def linear_merge(
-    out: int, out_dtype: int, dtype: int, base: int, tuned: list[int], numel: int, weight: list[float], threads: int
+    out: int,
+    out_dtype: int,
+    dtype: int,
+    base: int,
+    tuned: list[int],
+    numel: int,
+    weight: list[float],
+    threads: int,
 ) -> None: ...
 def ties_merge(
     out: int,
@@ -70,7 +77,14 @@ def kth_magnitude(
     dtype: int, base: int, tuned: list[int], numel: int, k: list[int], threads: int
 ) -> tuple[list[int], list[int]]: ...
 def magnitude_histogram(
-    bins: int, dtype: int, base: int, tuned: list[int], numel: int, shift: int, prefix: list[int] | None, threads: int
+    bins: int,
+    dtype: int,
+    base: int,
+    tuned: list[int],
+    numel: int,
+    shift: int,
+    prefix: list[int] | None,
+    threads: int,
 ) -> None: ...
 def elect_sign(
     out: int, dtype: int, deltas: list[int], numel: int, weight: list[float], combine: int, threads: int

@@ -13,29 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from pykernels import check
-
-
-class Cut(NamedTuple):
-    """A selection per model: element e is kept iff key_e > key, or key_e == key and e <= last.
-
-    ``key``: bits of |delta| as an unsigned integer; ``last``: flat index of the last kept among the equals.
-    """
-
-    key: list[int]
-    last: list[int]
-
-    def at(self, start: int) -> Cut:
-        """The same selection seen from a tensor that begins at flat index ``start`` of the scope."""
-        return Cut(self.key, [last - start for last in self.last])
-
-
-KEEP_ALL_EQUALS = 2**62
-"""``Cut.last`` of the tie rule "keep"."""
 
 ROWS = (
     "linear_merge",

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import torch
 
 from pykernels import _C
-from pykernels.backends import Cut
+from pykernels.cut import Cut
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COMBINE = {None: 0, "weighted": 1, "plain": 2}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pykernels.backends import KEEP_ALL_EQUALS, Cut
+from pykernels.cut import KEEP_ALL_EQUALS, Cut
 from pykernels.ref.kth_magnitude import kth_magnitude
 from pykernels.ref.philox import mask_key
 
@@ -103,8 +103,17 @@ def integers(numel: int, models: int, g: torch.Generator) -> tuple[torch.Tensor,
     return base, [base + torch.randint(-4, 5, (numel,), generator=g) for _ in range(models)]
 
 
+def wide(numel: int, models: int, g: torch.Generator) -> tuple[torch.Tensor, Tensors]:
+    """Magnitudes of every size, so that a sum of them shows the order in which it was made, in float64 too."""
+    base = torch.zeros(numel)
+    return base, [
+        torch.randn(numel, generator=g) * torch.exp2(torch.randint(-60, 60, (numel,), generator=g))
+        for _ in range(models)
+    ]
+
+
 DATA: dict[str, Callable[[int, int, torch.Generator], tuple[torch.Tensor, Tensors]]] = {
-    f.__name__: f for f in (gaussian, student, scaled, ties, zeros, special, integers)
+    f.__name__: f for f in (gaussian, student, scaled, ties, zeros, special, integers, wide)
 }
 
 

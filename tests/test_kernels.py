@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pykernels.backends import Cut
+from pykernels.cut import Cut
 from pykernels.ref.dare_merge import dare_merge
 from pykernels.ref.delta import delta
 from pykernels.ref.drop_rescale import dropped

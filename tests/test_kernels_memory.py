@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pykernels.backends import Cut
+from pykernels.cut import Cut
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES, EDGES, SHORT, Case, make, weights
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pykernels.backends import KEEP_ALL_EQUALS, Cut
+from pykernels.cut import KEEP_ALL_EQUALS, Cut
 from pykernels.ref.delta import delta, key
 from pykernels.ref.kth_magnitude import kth_magnitude
 from pykernels.ref.magnitude_histogram import magnitude_histogram

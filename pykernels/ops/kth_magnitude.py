@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from pykernels import backends, check
-from pykernels.backends import KEEP_ALL_EQUALS, Cut
+from pykernels.cut import KEEP_ALL_EQUALS, Cut
 
 DIGIT = 16
 """Bits of a key that one histogram round settles."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pykernels import backends, check
-from pykernels.backends import KEEP_ALL_EQUALS, Cut
+from pykernels.cut import KEEP_ALL_EQUALS, Cut
 from pykernels.ops.kth_magnitude import counts
 from pykernels.ops.task_arithmetic import nothing
 

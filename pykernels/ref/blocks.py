@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from pykernels.backends import Cut
+from pykernels.cut import Cut
 from pykernels.ref import dare_merge as _dare_merge
 from pykernels.ref import drop_rescale as _drop_rescale
 from pykernels.ref import elect_sign as _elect_sign

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pykernels.backends import Cut
+from pykernels.cut import Cut
 from pykernels.ref.delta import delta, key
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pykernels.backends import Cut
+from pykernels.cut import Cut
 from pykernels.ref.consensus import consensus
 from pykernels.ref.delta import delta, scalar
 from pykernels.ref.trim import keep, kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pykernels.backends import Cut
+from pykernels.cut import Cut
 from pykernels.ref.delta import delta as widen
 from pykernels.ref.delta import key
 
