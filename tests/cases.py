@@ -104,7 +104,7 @@ def integers(numel: int, models: int, g: torch.Generator) -> tuple[torch.Tensor,
 
 
 def wide(numel: int, models: int, g: torch.Generator) -> tuple[torch.Tensor, Tensors]:
-    """Magnitudes of every size, so that a sum of them shows the order in which it was made, in float64 too."""
+    """Magnitudes of every size, so that a sum of them shows its order, in float64 too."""
     base = torch.zeros(numel)
     return base, [
         torch.randn(numel, generator=g) * torch.exp2(torch.randint(-60, 60, (numel,), generator=g))

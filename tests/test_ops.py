@@ -131,7 +131,7 @@ def test_linear_and_task_arithmetic(dtype, normalize, backend):
 
 @pytest.mark.parametrize("tie", ["index", "keep"])
 @pytest.mark.parametrize("dtype", ALL, ids=SHORT.get)
-@pytest.mark.parametrize("density", [0.0, 1e-9, 0.29, 1.0])
+@pytest.mark.parametrize("density", [0.0, 1e-9, 0.3, 1.0])  # 0.3 is 19660.8 / 65536
 def test_stages_on_their_own(density, dtype, tie, backend):
     base, [tuned] = make("ties", NUMEL, 1, dtype)
     delta = tuned - base

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pykernels.ref import blocks
 from pykernels.ref.dare_merge import dare_merge
 from pykernels.ref.delta import delta, key
+from pykernels.ref.drop_rescale import drop_rescale
 from pykernels.ref.elect_sign import elect_sign
 from pykernels.ref.kth_magnitude import kth_magnitude
 from pykernels.ref.l1_norms import l1_norms
@@ -18,6 +19,7 @@ from pykernels.ref.linear_merge import linear_merge
 from pykernels.ref.magnitude_histogram import magnitude_histogram
 from pykernels.ref.rounding import NAN, round_once
 from pykernels.ref.ties_merge import ties_merge
+from pykernels.ref.trim import trim
 from tests.bounds import assert_same_bits
 from tests.cases import DATA, DTYPES, SHORT, Case, make
 
@@ -98,6 +100,16 @@ def test_histogram_by_hand(dtype, small_blocks):
     wanted = sum(k >> (shift - 16) == last >> (shift - 16) for k in keys[0])
     assert int(below[0, last >> (shift - 16) & 0xFFFF]) == wanted
     assert torch.equal(below, magnitude_histogram(base, tuned, shift - 16, [digit, 0]))
+
+
+def test_stages_over_blocks(small_blocks):
+    delta = make("ties", NUMEL, 1, torch.float32)[1][0]
+    got = torch.full_like(delta, math.nan)
+    cut = kth_magnitude(None, [delta], [NUMEL // 2])
+    blocks.trim(got, delta, cut.at(-4096), 4096)
+    assert torch.equal(got.double(), trim(delta, cut))
+    blocks.drop_rescale(got, delta, 20_000, 5, 2.0, 4096)
+    assert torch.equal(got.double(), drop_rescale(delta, 20_000, 5, 2.0, 4096))
 
 
 def test_norms_and_signs_over_blocks(small_blocks):
