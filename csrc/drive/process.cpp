@@ -93,7 +93,7 @@ Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_((bytes + kHuge - 1) / kH
   {
     std::lock_guard<std::mutex> lock(p.mutex);
     for (size_t i = 0; i < p.blocks.size(); i++)
-      if (p.blocks[i].bytes >= bytes_ && p.blocks[i].bytes <= 2 * bytes_) {
+      if (p.blocks[i].bytes >= bytes_ && p.blocks[i].bytes <= 4 * bytes_) {
         data_ = p.blocks[i].data;
         bytes_ = p.blocks[i].bytes;
         p.retained -= bytes_;

@@ -27,15 +27,24 @@ constexpr uint32_t kNoneKept = 0xFFFFFFFFu;
 /// [low, high]: almost surely holds the k-th largest key.
 struct Bracket {
   uint32_t low, high;
-  double share;         // of the sample in [low, high]
-  double above, sigma;  // of the sample above high, and how far that may be off
+  double share;  // of the sample in [low, high]
+  double sigma;  // how far a share of the sample may be off
+  double above;  // of the sample above high
+
+  bool single() const { return low == high; }
+};
+
+/// A safe bracket, and a bold one: where heavy ties put few values into the safe one, the value that is
+/// nearly surely the k-th. Counting shows whether it was.
+struct Brackets {
+  Bracket safe, bold;
 };
 
 /// The key of the given rank, 0 for the largest. Reorders nothing; `spare` holds count words.
 uint32_t nth_largest(const uint32_t* keys, int64_t count, int64_t rank, uint32_t* spare);
 
 /// One bracket per model with 0 < k < numel, from a sample that depends on numel and dtype alone.
-std::vector<Bracket> brackets(const Inputs& in, const int64_t* k, int threads);
+std::vector<Brackets> brackets(const Inputs& in, const int64_t* k, int threads);
 
 /// The exact cut of every model.
 std::vector<Cut> kth_magnitude(const Inputs& in, const int64_t* k, int threads);

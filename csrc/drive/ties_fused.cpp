@@ -90,18 +90,18 @@ class Fused {
  private:
   /// Brackets and guesses; false where too much would stay open.
   bool speculate() {
-    const std::vector<Bracket> found = brackets(in_, k_, task_.threads);
+    const std::vector<Brackets> found = brackets(in_, k_, task_.threads);
     double open = 0;
     for (int m = 0; m < in_.n; m++) {
       Band band{in_.data[m], 0, 0, false, true, 0, 0, nullptr, 0, 0};
       if (k_[m] <= 0) {
         band.low = band.high = kInfinity + 1;  // nothing but NaN is kept
       } else if (k_[m] < in_.numel) {
-        const Bracket& b = found[size_t(m)];
+        const Bracket& b = found[size_t(m)].bold;
         if (b.high > kInfinity) return false;
         band.low = b.low;
         band.high = b.high + 1;
-        band.single = b.low == b.high;
+        band.single = b.single();
         if (!band.single) open += b.share;
         expected_.push_back(std::make_unique<Expected>(k_[m], b, double(in_.numel)));
       }
