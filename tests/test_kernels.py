@@ -89,6 +89,33 @@ def test_every_instruction_set_gives_the_same_bits(case):
             assert_same_bits(run(case), wanted)
 
 
+def edges(dtype: torch.dtype) -> torch.Tensor:
+    tiny = torch.arange(-(2**12), 2**12) * 2.0**-26  # the midpoints of subnormal halves are not among those
+    exact = torch.arange(65536).to(torch.int16).view(dtype).float()
+    bits = exact[exact.isfinite()].view(torch.int32)
+    half = 0x8000 if dtype == torch.bfloat16 else 0x1000
+    normal = torch.cat([bits + half * step + nudge for step in (0, 1) for nudge in (-1, 0, 1)])
+    tiny = torch.arange(-(2**12), 2**12) * 2.0**-26  # the midpoints of subnormal halves are elsewhere
+    return torch.cat([normal.view(torch.float32), tiny, torch.tensor([65519.996, 65520.0, 3.4e38, math.inf])])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.SHORT.get)
+def test_results_are_rounded_to_nearest_even(dtype, isa):
+    values = torch.cat([edges(dtype), -edges(dtype)])
+    out = torch.zeros(len(values), dtype=dtype)
+    native.linear_merge(out, None, [values], [1.0])
+    wanted = round_once(values.double() + 0.0, dtype)  # the sum starts at +0
+    assert_same_bits(out, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.SHORT.get)
+def test_every_16_bit_value_is_read_right(dtype, isa):
+    values = torch.arange(65536).to(torch.int16).view(dtype)
+    out = torch.zeros(65536)
+    native.linear_merge(out, None, [values], [1.0])
+    assert_same_bits(out, round_once(values.double() + 0.0, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.SHORT.get)
 @pytest.mark.parametrize("data", cases.DATA)
 @pytest.mark.parametrize("tie", ["index", "keep"])
