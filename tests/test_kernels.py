@@ -90,7 +90,7 @@ def test_every_instruction_set_gives_the_same_bits(case):
 
 
 def edges(dtype: torch.dtype) -> torch.Tensor:
-    tiny = torch.arange(-(2**12), 2**12) * 2.0**-26  # the midpoints of subnormal halves are not among those
+    """float32 values at, just below and just above every midpoint of two neighbours in ``dtype``."""
     exact = torch.arange(65536).to(torch.int16).view(dtype).float()
     bits = exact[exact.isfinite()].view(torch.int32)
     half = 0x8000 if dtype == torch.bfloat16 else 0x1000
