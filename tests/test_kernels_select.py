@@ -149,6 +149,16 @@ def test_one_pass_ties_on_data_that_mislead_the_sample(adversary, tie, isa):
     _fused_equals_two_passes(None, models[:8], k[:8], tie, "weighted")
 
 
+@pytest.mark.parametrize("tie", ["index", "keep"])
+def test_one_pass_ties_whose_bracket_missed(tie, isa):
+    cut = _true_cut(hidden)
+    for m, d in enumerate(hidden()[0]):  # one by one: beside a model that needs a wide bracket none is used
+        wanted, got = torch.empty_like(d), torch.full_like(d, math.nan)
+        native.trim(wanted, d, Cut([cut.key[m]], [KEEP_ALL_EQUALS if tie == "keep" else cut.last[m]]))
+        native.ties_fused(got, None, [d], [160], tie, [1.0], None, None, 1.0, "weighted")
+        assert_same_bits(got, wanted)
+
+
 @pytest.mark.parametrize("elect", ["weighted", "plain", None])
 @pytest.mark.parametrize("tie", ["index", "keep"])
 @pytest.mark.parametrize("data", DATA)
