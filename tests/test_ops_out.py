@@ -171,19 +171,8 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize(
-    ("environment", "said"),
-    [
-        (
-            {"PYKERNELS_BACKEND": "ref", "PYKERNELS_ISA": "portable"},
-            "[0.0, 0.0, 3.0]\npykernels.ref.blocks portable",
-        ),
-        ({"PYKERNELS_BACKEND": "gpu"}, "known backends are cpu, ref, got 'gpu'"),
-        ({"PYKERNELS_ISA": "mmx"}, "got 'mmx'"),
-    ],
-    ids=["both", "backend", "isa"],
-)
-def test_environment_variables(environment, said):
+def child(**environment: str) -> str:
+    """What a fresh interpreter prints that imports the package in this environment."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         env={**os.environ, **environment},
@@ -191,4 +180,14 @@ def test_environment_variables(environment, said):
         text=True,
         timeout=120,
     )
-    assert said in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_environment_variables():
+    native = pytest.importorskip("pykernels.native", exc_type=ImportError)
+    last = native.isas()[-1]
+    said = child(PYKERNELS_BACKEND="ref", PYKERNELS_ISA=last)
+    assert said == f"[0.0, 0.0, 3.0]\npykernels.ref.blocks {last}\n"
+    assert "known backends are cpu, ref, got 'gpu'" in child(PYKERNELS_BACKEND="gpu")
+    assert "got 'mmx'" in child(PYKERNELS_ISA="mmx")
