@@ -94,13 +94,22 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> Callable[..., Any] |
     for backend in ORDER.get(device, ("ref",)):
         if backend not in TABLE[op] or (backend != "ref" and dtype not in NATIVE_DTYPES):
             continue
-        if why := missing(backend):
-            warnings.warn(
-                f"pykernels: {why}; the PyTorch references serve, which are much slower", stacklevel=4
-            )
+        if missing(backend):
+            _warn_once(backend)
             continue
         return _function(op, backend)
     return None
+
+
+@functools.cache
+def _warn_once(backend: str) -> None:
+    """One warning a process: it stands for every op, so it points at no line of the caller."""
+    warnings.warn(
+        f"pykernels: {missing(backend)}; the PyTorch references serve, hundreds of times slower. "
+        "Install a C++17 compiler and reinstall pykernels.",
+        RuntimeWarning,
+        stacklevel=1,
+    )
 
 
 def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:

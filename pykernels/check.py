@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 
@@ -27,8 +28,7 @@ def same_kind(op: str, first: str, like: torch.Tensor, name: str, tensor: torch.
         raise TypeError(f"{op}: {name} must have {first}'s dtype {like.dtype}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} must be on {first}'s device {like.device}, got {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+    _plain(op, name, tensor)
 
 
 def one_tensor(op: str, name: str, tensor: torch.Tensor) -> None:
@@ -37,8 +37,19 @@ def one_tensor(op: str, name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    _plain(op, name, tensor)
+
+
+def _plain(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Memory must hold the values themselves, one after another."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        raise ValueError(
+            f"{op}: {name} must be a dense tensor with data, got {tensor.layout} on {tensor.device}"
+        )
     if not tensor.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+    if tensor.is_neg():
+        raise ValueError(f"{op}: {name} must not be a negated view, call resolve_neg() first")
 
 
 def tensors(
@@ -59,6 +70,7 @@ def tensors(
             or tensor.shape != shape
             or tensor.device != device
             or not tensor.is_contiguous()
+            or tensor.is_neg()
         ):
             same_kind(op, first, like, f"{name}[{i}]", tensor)  # finds the words
     return like
@@ -66,16 +78,16 @@ def tensors(
 
 def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> list[float]:
     """A finite number, or one per model, as a list of ``n`` floats."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, Real) and not isinstance(value, bool):
         values = [float(value)] * n
     else:
         try:
-            values = [float(v) for v in value]
+            values = [float(v) for v in value]  # type: ignore[union-attr]
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be a number or one per model, got {value!r}") from None
         if len(values) != n:
             raise ValueError(
-                f"{op}: {name} must be a number or {n} of them, one per model, got {len(values)}"
+                f"{op}: {name} must be a number or {n} of them, one per model, got a list of {len(values)}"
             )
     for v in values:
         if not -_FLOAT32_MAX <= v <= _FLOAT32_MAX:
@@ -94,7 +106,7 @@ def density(op: str, value: float | Sequence[float], n: int) -> list[float]:
 
 def number(op: str, name: str, value: float) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
         raise ValueError(f"{op}: {name} must be finite in float32, got {value}")

@@ -153,21 +153,32 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Linear(
-            "linear", "Model soups (Wortsman et al., 2022)", False, {"weight": REQUIRED}, {"normalize": True}
+            "linear",
+            "Model soups (Wortsman et al., 2022)",
+            False,
+            {"weight": REQUIRED},
+            {"normalize": True, "int8_mask": False},
         ),
         TaskArithmetic(
             "task_arithmetic",
             "Editing Models with Task Arithmetic (Ilharco et al., 2022)",
             True,
             {"weight": REQUIRED},
-            {"normalize": False, "lambda": 1.0, "int8_mask": False},
+            {"normalize": False, "lambda": 1.0, "rescale": None, "int8_mask": False},
         ),
         Ties(
             "ties",
             _TIES_PAPER,
             True,
             {"weight": REQUIRED, "density": 1.0},
-            {"normalize": True, "lambda": 1.0, "tie": "index", "elect": "weighted", "int8_mask": False},
+            {
+                "normalize": True,
+                "lambda": 1.0,
+                "tie": "index",
+                "elect": "weighted",
+                "rescale": None,
+                "int8_mask": False,
+            },
         ),
         Dare("dare_linear", _DARE_PAPER, True, {"weight": REQUIRED, "density": 1.0}, _DARE),
         Dare(

@@ -1,6 +1,6 @@
 // The lane type of the instruction set that this file is compiled for, in a namespace of its own.
 //
-// Every kernel source is compiled once per instruction set with PK_ISA set to avx512, avx2 or portable.
+// Every kernel source is compiled once per instruction set with PK_ISA set to avx512, avx2 or baseline.
 // Nothing here may have external linkage under a name that two instruction sets share: the linker would keep
 // one of the copies.
 #pragma once
@@ -25,7 +25,7 @@ namespace pk::cpu::PK_ISA {
 #elif defined(PK_AVX2)
 #include "lanes_avx2.h"
 #else
-#include "lanes_portable.h"
+#include "lanes_baseline.h"
 #endif
 
 constexpr int kGroup =

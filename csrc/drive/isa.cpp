@@ -9,7 +9,7 @@ namespace cpu {
 #ifdef PK_X86
 extern const Kernels kernels_avx512, kernels_avx2;
 #endif
-extern const Kernels kernels_portable;
+extern const Kernels kernels_baseline;
 }  // namespace cpu
 
 namespace {
@@ -24,7 +24,7 @@ std::vector<const cpu::Kernels*> available() {
     found.push_back(&cpu::kernels_avx512);
   if (avx2) found.push_back(&cpu::kernels_avx2);
 #endif
-  found.push_back(&cpu::kernels_portable);
+  found.push_back(&cpu::kernels_baseline);
   return found;
 }
 
@@ -34,7 +34,7 @@ const cpu::Kernels* find(const std::string& name) {
     if (name == k->name) return k;
     known += known.empty() ? k->name : std::string(", ") + k->name;
   }
-  throw std::invalid_argument("PYKERNELS_ISA: this machine has " + known + ", got '" + name + "'");
+  throw std::invalid_argument("instruction set (PYKERNELS_ISA or use_isa): this machine has " + known + ", got '" + name + "'");
 }
 
 std::atomic<const cpu::Kernels*>& current() {

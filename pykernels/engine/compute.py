@@ -18,6 +18,8 @@ BLOCK = 4096
 """Elements; chunks start at multiples of it: statistics and random draws are defined on such blocks."""
 CHUNK_BYTES = 8 << 20
 MIN_MEMORY = 1_000_000
+LEAST_WHOLE = 32 << 20
+"""Bytes of output up to which a tensor is worth computing at once even in the smallest merges."""
 
 
 class Sink(Protocol):
@@ -50,7 +52,8 @@ class Budget:
         merged = [out for out in plan.outputs if out.action == "merge"]
         scratch = max((method.scratch(o.numel, len(o.tuned)) for o in merged), default=0)
         chunk = min(CHUNK_BYTES, max(BLOCK * 8, memory // 16))
-        room = (memory - scratch - (4 << 20)) // 2
+        # The first touch of the ring costs as much as its pages' share of a merge: it stays small beside the output.
+        room = min((memory - scratch - (4 << 20)) // 2, max(LEAST_WHOLE, plan.total_write // 16))
         whole = room if scratch and room > 0 else 0
         largest = max((out.nbytes for out in merged if out.nbytes <= whole), default=0)
         return Budget(chunk, whole, max(4 * chunk, 2 * largest + 2 * BLOCK))
