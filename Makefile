@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest --import-mode=importlib tests
+	$(BIN)/pytest --import-mode=importlib tests
 
 bench: .venv/ready
 	$(BIN)/pykernels bench
