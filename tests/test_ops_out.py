@@ -28,6 +28,7 @@ OPS = {
         b, t, density=0.3, seed=1, rescale="l1", consensus="ties", **o
     ),
 }
+FREE = pytest.mark.skipif("PYKERNELS_BACKEND" in os.environ, reason="the environment has chosen a backend")
 NUMEL = 65536 + 4096 + 77
 
 
@@ -112,6 +113,7 @@ def test_gradients_are_not_recorded(backend):
     assert not merged.requires_grad and merged.tolist() == [2.0] * 8
 
 
+@FREE
 def test_forced_backends():
     x = torch.ones(3)
     with pk.use_backend("ref"):
@@ -137,6 +139,7 @@ def test_every_row_of_the_table_names_a_function():
                     assert callable(backends.call(op, torch.ones(1)))
 
 
+@FREE
 def test_without_the_compiled_module_the_references_serve_with_a_warning(monkeypatch):
     base, tuned = make("gaussian", 5000, 2, torch.bfloat16)
     with pk.use_backend("ref"):

@@ -16,6 +16,10 @@ import pykernels as pk
 from tests.cases import make
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
+pytestmark = pytest.mark.skipif(
+    os.environ.get("PYKERNELS_BACKEND") == "ref",
+    reason="about the kernels' threads: torch's own do not survive a fork",
+)
 OPS = (
     lambda b, t: pk.linear_merge([b, *t], 1.0),
     lambda b, t: pk.ties_merge(b, t, density=0.2),
