@@ -6,7 +6,7 @@ A message names the op, the argument, the rule and the value, in that order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -80,8 +80,12 @@ def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> lis
     """A finite number, or one per model, as a list of ``n`` floats."""
     if isinstance(value, Real) and not isinstance(value, bool):
         values = [float(value)] * n
+    elif isinstance(value, torch.Tensor) and value.dim() == 0:
+        values = [float(value)] * n
     else:
         try:
+            if isinstance(value, bool | str | bytes | Mapping):
+                raise TypeError
             values = [float(v) for v in value]  # type: ignore[union-attr]
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be a number or one per model, got {value!r}") from None

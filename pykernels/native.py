@@ -14,6 +14,7 @@ from pykernels.cut import Cut
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COMBINE = {None: 0, "weighted": 1, "plain": 2}
 _NONE_KEPT = 0xFFFFFFFF
+_PIECE = 1 << 18
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 
@@ -239,7 +240,9 @@ def advise_huge(tensor: torch.Tensor) -> None:
 
 
 def _through_float32(function: Callable[..., None], out: torch.Tensor, *args: object) -> None:
-    """float64 outputs of narrower inputs: the kernel's float32 result, widened."""
-    narrow = torch.empty(out.shape, dtype=torch.float32)
-    function(narrow, *args)
-    out.copy_(narrow)
+    """float64 outputs of narrower inputs: the float32 result, in the back half of ``out``, widened."""
+    flat = out.view(-1)
+    narrow = flat.view(torch.float32)[flat.numel() :]
+    function(narrow.view(out.shape), *args)
+    for start in range(0, flat.numel(), _PIECE):  # front to back: never over what is still to be read
+        flat[start : start + _PIECE] = narrow[start : start + _PIECE].clone()

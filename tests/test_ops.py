@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -283,3 +284,55 @@ def test_float64_goes_to_the_reference_with_float64_deltas():
     assert pk.task_arithmetic(base, [tuned], weight=3.0)[1] == 1 + 3 * 2.0**-50
     merged = pk.dare_merge(base, [tuned], density=1.0, seed=1, consensus="ties")
     assert_same_bits(merged, tuned)
+
+
+def test_weights_that_cancel_divide_by_one():
+    x = torch.ones(4)
+    cancel = [0.1, 0.2, -0.3]  # 0 in float32, 5.6e-17 in float64
+    wanted = torch.full((4,), -0.4)
+    for got in (
+        pk.linear_merge([x, 2 * x, 3 * x], cancel),
+        pk.task_arithmetic(None, [x, 2 * x, 3 * x], weight=cancel, normalize=True),
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_base_alone_is_rounded_once():
+    base = torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64)
+    got = pk.task_arithmetic(base, [base], weight=0.0, out_dtype=torch.bfloat16)
+    assert got.item() == 1.0078125
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_graph_is_recorded(dtype):
+    x = torch.nn.Parameter(torch.ones(5, dtype=dtype))
+    assert not pk.linear_merge([x], 1.0).requires_grad
+    assert not pk.task_arithmetic(x, [x], weight=0.0).requires_grad
+
+
+def test_float64_outputs_of_narrow_inputs():
+    x = torch.randn(300_001)
+    torch.testing.assert_close(pk.linear_merge([x], 1.0, out_dtype=torch.float64), x.double(), rtol=0, atol=0)
+
+
+def test_bits_do_not_depend_on_the_threads_float_mode():
+    x = torch.full((1 << 19,), 1e-40)
+    pk.linear_merge([x], 1.0)  # the pool has started
+    torch.set_flush_denormal(True)
+    try:
+        got = pk.linear_merge([x], 1.0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, x)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5)])
+def test_scalars_of_other_libraries(value):
+    x = torch.arange(4.0)
+    assert torch.equal(pk.linear_merge([x], value, normalize=False), x / 2)
+
+
+@pytest.mark.parametrize("value", ["12", {1: 2, 3: 4}, True])
+def test_what_is_no_weight(value):
+    with pytest.raises(TypeError, match="weight must be a number or one per model"):
+        pk.linear_merge([torch.ones(2)] * 2, value)

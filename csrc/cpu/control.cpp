@@ -9,13 +9,15 @@ namespace {
 template <class T>
 int64_t nonfinite(const void* data, int64_t begin, int64_t end) {
   const U infinity = broadcast(kInfinity);
-  Counter counter;
-  int64_t i = begin;
-  for (; i + kGroup <= end; i += kGroup) {
-    const Pair x = load(static_cast<const T*>(data) + i);
-    counter.add(at_least(key(x.a), infinity), at_least(key(x.b), infinity));
+  int64_t i = begin, count = 0;
+  while (i + kGroup <= end) {
+    Counter counter;
+    for (const int64_t stop = end - i > kChunk ? i + kChunk : end; i + kGroup <= stop; i += kGroup) {
+      const Pair x = load(static_cast<const T*>(data) + i);
+      counter.add(at_least(key(x.a), infinity), at_least(key(x.b), infinity));
+    }
+    count += counter.total();
   }
-  int64_t count = counter.total();
   for (; i < end; i++) count += (float_bits(element<T>(data, i)) & kAbs) >= kInfinity;
   return count;
 }

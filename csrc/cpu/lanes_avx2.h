@@ -124,14 +124,13 @@ PK_IN void fence() { _mm_sfence(); }
 
 // 16 draws of 16 bits, two to a word: which are below the threshold (0..65536)?
 struct Below {
-  __m256i low, high;
-  PK_MEMBER explicit Below(uint32_t threshold)
-      : low(_mm256_set1_epi32(int(threshold))), high(_mm256_set1_epi32(int(threshold))) {}
+  __m256i limit;
+  PK_MEMBER explicit Below(uint32_t threshold) : limit(_mm256_set1_epi32(int(threshold))) {}
 };
 PK_IN void below_parted(Below t, U draws, M& a,
                         M& b) {  // for even, odd lanes; both sides fit a signed compare
-  a.v = _mm256_cmpgt_epi32(t.low, _mm256_and_si256(draws.v, _mm256_set1_epi32(0xFFFF)));
-  b.v = _mm256_cmpgt_epi32(t.high, _mm256_srli_epi32(draws.v, 16));
+  a.v = _mm256_cmpgt_epi32(t.limit, _mm256_and_si256(draws.v, _mm256_set1_epi32(0xFFFF)));
+  b.v = _mm256_cmpgt_epi32(t.limit, _mm256_srli_epi32(draws.v, 16));
 }
 PK_IN void below_in_order(Below t, U draws, M& a, M& b) {
   M even, odd;

@@ -63,7 +63,7 @@ PK_IN F multiply_where(M m, F a, F b) { return {Floats(Ints(a.v * b.v) & m.v)}; 
 PK_IN void store(uint32_t* p, U x) { memcpy(p, &x.v, 16); }
 PK_IN void store(float* p, F x) { memcpy(p, &x.v, 16); }
 
-/// Number of set lanes, summed over calls. A lane wraps after 2^31 calls: callers total up per chunk.
+/// Number of set lanes, summed over calls. A lane wraps after 2^30 calls: callers total up long before.
 struct Counter {
   Ints n = {};
   PK_MEMBER void add(M a, M b) { n -= a.v + b.v; }

@@ -34,7 +34,8 @@ const cpu::Kernels* find(const std::string& name) {
     if (name == k->name) return k;
     known += known.empty() ? k->name : std::string(", ") + k->name;
   }
-  throw std::invalid_argument("instruction set (PYKERNELS_ISA or use_isa): this machine has " + known + ", got '" + name + "'");
+  throw std::invalid_argument("instruction set (PYKERNELS_ISA or use_isa): this machine has " + known +
+                              ", got '" + name + "'");
 }
 
 std::atomic<const cpu::Kernels*>& current() {

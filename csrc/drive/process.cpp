@@ -2,10 +2,15 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -18,9 +23,10 @@ constexpr size_t kRetained = size_t(64) << 20;
 struct Job {
   void (*body)(void*, int);
   void* argument;
-  int slots;    // how many may run
-  int taken;    // how many have started
-  int running;  // how many of those, other than the caller, have not ended
+  int slots;                 // how many may run
+  int taken;                 // how many have started
+  int running;               // how many of those, other than the caller, have not ended
+  std::exception_ptr error;  // the first that a body threw
 };
 
 struct Block {
@@ -51,6 +57,16 @@ Process& here() {
   return *process;
 }
 
+void run(Process* p, Job* job, int slot) {
+  try {
+    const PlainFloats plain;
+    job->body(job->argument, slot);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(p->mutex);
+    if (!job->error) job->error = std::current_exception();
+  }
+}
+
 void work(Process* p) {
   std::unique_lock<std::mutex> lock(p->mutex);
   for (;;) {
@@ -64,7 +80,7 @@ void work(Process* p) {
     const int slot = job->taken++;
     job->running++;
     lock.unlock();
-    job->body(job->argument, slot);
+    run(p, job, slot);
     lock.lock();
     if (--job->running == 0) p->ended.notify_all();
   }
@@ -74,19 +90,35 @@ void work(Process* p) {
 
 void parallel(int threads, void (*body)(void*, int), void* argument) {
   Process& p = here();
-  Job job{body, argument, threads, 1, 0};
+  Job job{body, argument, threads, 1, 0, nullptr};
   {
     std::lock_guard<std::mutex> lock(p.mutex);
-    for (; p.workers < threads - 1; p.workers++) std::thread(work, &p).detach();
     p.jobs.push_back(&job);
+    try {
+      for (; p.workers < threads - 1; p.workers++) std::thread(work, &p).detach();
+    } catch (const std::system_error&) {
+      // The system has no more threads to give: those there are, and the caller, share the work.
+    }
   }
   p.wake.notify_all();
-  body(argument, 0);
+  run(&p, &job, 0);
   std::unique_lock<std::mutex> lock(p.mutex);
   for (size_t i = 0; i < p.jobs.size(); i++)
     if (p.jobs[i] == &job) p.jobs.erase(p.jobs.begin() + long(i));
   p.ended.wait(lock, [&] { return job.running == 0; });
+  if (job.error) std::rethrow_exception(job.error);
 }
+
+#ifdef __SSE__
+PlainFloats::PlainFloats() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+PlainFloats::~PlainFloats() { _mm_setcsr(saved_); }
+#else
+PlainFloats::PlainFloats() {
+  fegetenv(&saved_);
+  fesetenv(FE_DFL_ENV);
+}
+PlainFloats::~PlainFloats() { fesetenv(&saved_); }
+#endif
 
 Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_((bytes + kHuge - 1) / kHuge * kHuge) {
   Process& p = here();

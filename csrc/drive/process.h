@@ -1,6 +1,8 @@
 // What lives as long as the process: a pool of threads and recycled scratch memory. A forked child gets fresh
 // ones.
 #pragma once
+#include <fenv.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -8,9 +10,26 @@
 
 namespace pk {
 
+/// Rounding to nearest, denormals kept, whatever mode the calling thread or its parent was in; put back at
+/// the end. Without it the bits of a result would depend on which thread a chunk fell to.
+class PlainFloats {
+ public:
+  PlainFloats();
+  ~PlainFloats();
+  PlainFloats(const PlainFloats&) = delete;
+  PlainFloats& operator=(const PlainFloats&) = delete;
+
+ private:
+#ifdef __SSE__
+  unsigned saved_;
+#else
+  fenv_t saved_;
+#endif
+};
+
 /// Runs body(argument, slot) on the calling thread (slot 0) and on up to threads - 1 pool threads, whichever
-/// are free; returns when all that started have ended. Safe from many threads at once; bodies must share
-/// their work dynamically.
+/// are free; returns when all that started have ended, and throws what the first of them threw. Safe from
+/// many threads at once; bodies must share their work dynamically.
 void parallel(int threads, void (*body)(void*, int slot), void* argument);
 
 /// Calls work(chunk, slot) once for every chunk in [0, chunks); a slot sees its chunks in increasing order.
@@ -18,6 +37,7 @@ template <class Work>
 void parallel_chunks(int64_t chunks, int threads, Work&& work) {
   if (threads > chunks) threads = int(chunks);
   if (threads <= 1) {
+    const PlainFloats plain;
     for (int64_t c = 0; c < chunks; c++) work(c, 0);
     return;
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "isa.h"
 #include "process.h"
@@ -189,7 +190,12 @@ std::vector<Cut> kth_magnitude(const Inputs& in, const int64_t* k, int threads) 
     threads = 1;  // waking the pool costs more than the work
   }
   settle_all(in, k, bold, open, cuts, threads);
-  if (!open.empty() && !safe.empty()) settle_all(in, k, safe, open, cuts, threads);
+  const auto same = [&](int m) { return safe.empty() || safe[size_t(m)].low == bold[size_t(m)].low; };
+  std::vector<int> missed(open);  // the safe bracket of those that dared more
+  missed.erase(std::remove_if(missed.begin(), missed.end(), same), missed.end());
+  open.erase(std::remove_if(open.begin(), open.end(), std::not_fn(same)), open.end());
+  settle_all(in, k, safe, missed, cuts, threads);
+  open.insert(open.end(), missed.begin(), missed.end());
   for (const int m : open) cuts[size_t(m)] = with_key(in, m, by_radix(in, m, k[m], threads), k[m], threads);
   return cuts;
 }

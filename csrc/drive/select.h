@@ -43,7 +43,7 @@ struct Brackets {
 /// The key of the given rank, 0 for the largest. Reorders nothing; `spare` holds count words.
 uint32_t nth_largest(const uint32_t* keys, int64_t count, int64_t rank, uint32_t* spare);
 
-/// One bracket per model with 0 < k < numel, from a sample that depends on numel and dtype alone.
+/// One bracket per model with 0 < k < numel, from a sample whose places depend on numel alone.
 std::vector<Brackets> brackets(const Inputs& in, const int64_t* k, int threads);
 
 /// The exact cut of every model.

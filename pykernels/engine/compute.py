@@ -52,7 +52,7 @@ class Budget:
         merged = [out for out in plan.outputs if out.action == "merge"]
         scratch = max((method.scratch(o.numel, len(o.tuned)) for o in merged), default=0)
         chunk = min(CHUNK_BYTES, max(BLOCK * 8, memory // 16))
-        # The first touch of the ring costs as much as its pages' share of a merge: it stays small beside the output.
+        # The first touch of the ring is dear: it stays small beside the output.
         room = min((memory - scratch - (4 << 20)) // 2, max(LEAST_WHOLE, plan.total_write // 16))
         whole = room if scratch and room > 0 else 0
         largest = max((out.nbytes for out in merged if out.nbytes <= whole), default=0)

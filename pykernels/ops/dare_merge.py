@@ -9,6 +9,7 @@ import torch
 
 from pykernels import backends, check
 from pykernels.ops.draws import RESCALE, Factors, L1Statistic, draw_threshold, mask_key, rescale_factor
+from pykernels.ops.linear_merge import divisor
 from pykernels.ops.task_arithmetic import nothing
 from pykernels.ops.ties_merge import ELECTIONS, NORMALIZE, shares
 
@@ -121,7 +122,7 @@ class DarePass:
             nothing(out, base)
             return
         scale = factors.values if factors else [rescale_factor(t, self.rescale) for t in self.threshold]
-        total = (sum(self.weight) if self.normalize and not self.elect else 1.0) or 1.0
+        total = divisor(self.weight) if self.normalize and not self.elect else 1.0
         weight = [w * s / total for w, s in zip(self.weight, scale, strict=True)]
         backends.call("dare_merge", tuned[0])(
             out,

@@ -78,8 +78,7 @@ class KthStatistic:
 
     A chunk that is the whole scope is settled at once. Otherwise every round reads all chunks and settles
     one digit of 16 bits by an exact histogram; for the tie rule "index" one more round counts the equals of
-    every chunk and a last one finds the flat index of the last equal to keep. States of one round can be
-    added up across workers.
+    every chunk and a last one finds the flat index of the last equal to keep.
     """
 
     def __init__(self, density: Sequence[float], numel: int, tie: str) -> None:
@@ -95,12 +94,17 @@ class KthStatistic:
         self._equals: dict[int, list[int]] = {}
         self._last = [KEEP_ALL_EQUALS] * n
         self._stage = "digits"
+        self._wide: bool | None = None
         self._target: list[tuple[int, int]] = []  # per model: the chunk's offset, the rank among its equals
 
     def update(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], offset: int) -> None:
         """Take in one chunk that starts at flat index ``offset`` of the scope."""
         if self.done or tuned[0].numel() == 0:
             return
+        wide = tuned[0].dtype == torch.float64
+        if self._wide not in (None, wide):
+            raise ValueError("kth_magnitude: one scope must be float64 throughout or not at all")
+        self._wide = wide
         if tuned[0].numel() == self._numel:
             cut = backends.call("kth_magnitude", tuned[0])(base, list(tuned), self._k)
             self._prefix, self.done = cut.key, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from pykernels import backends, check
@@ -47,9 +48,17 @@ def linear_pass(
     out: torch.Tensor, tensors: Sequence[torch.Tensor], weight: Sequence[float], *, normalize: bool
 ) -> None:
     """One chunk of :func:`linear_merge`, arguments checked: the divisor is folded into the weights."""
-    divisor = (sum(weight) if normalize else 1.0) or 1.0
-    taking = [(t, w / divisor) for t, w in zip(tensors, weight, strict=True) if w != 0]
+    total = divisor(weight) if normalize else 1.0
+    taking = [(t, w / total) for t, w in zip(tensors, weight, strict=True) if w != 0]
     if not taking:
-        out.zero_()
+        out.detach().zero_()
         return
     backends.call("linear_merge", tensors[0])(out, None, [t for t, _ in taking], [w for _, w in taking])
+
+
+def divisor(weight: Sequence[float]) -> float:
+    """The float32 sum of the weights in their order, as the kernels sum shares; exactly 0 becomes 1."""
+    total = np.float32(0)
+    for w in weight:
+        total += np.float32(w)
+    return float(total) or 1.0

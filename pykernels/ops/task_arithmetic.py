@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pykernels import backends, check
+from pykernels.ops.linear_merge import divisor
 
 
 def task_arithmetic(
@@ -60,7 +61,7 @@ def arithmetic_pass(
     """One chunk of :func:`task_arithmetic`, arguments checked: lambda and divisor are folded into the
     weights.
     """
-    scale = lambda_ / ((sum(weight) if normalize else 1.0) or 1.0)
+    scale = lambda_ / (divisor(weight) if normalize else 1.0)
     taking = [(t, w * scale) for t, w in zip(tuned, weight, strict=True) if w != 0]
     if not taking:
         nothing(out, base)
@@ -71,6 +72,6 @@ def arithmetic_pass(
 def nothing(out: torch.Tensor, base: torch.Tensor | None) -> None:
     """The result when no model takes part: the base itself, or a task vector of zeros."""
     if base is None:
-        out.zero_()
-    elif out.data_ptr() != base.data_ptr():
-        out.copy_(base)
+        out.detach().zero_()
+    else:
+        backends.call("linear_merge", base)(out, None, [base], [1.0])
