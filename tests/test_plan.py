@@ -42,7 +42,8 @@ def test_outputs_sources_and_parameters(llamas):
     mlp = by_name(plan)["model.layers.1.mlp.weight"]
     assert mlp.params == {
         "weight": [0.5, 0.5], "density": [0.5, 0.5], "normalize": True, "lambda": 1.0, "tie": "index",
-        "elect": "weighted", "int8_mask": False, "seed": 9, "name": "model.layers.1.mlp.weight",
+        "elect": "weighted", "rescale": None, "int8_mask": False, "seed": 9,
+        "name": "model.layers.1.mlp.weight",
     }  # fmt: skip
     assert by_name(plan)["lm_head.weight"].params["weight"] == [0.0, 0.0]
     assert (mlp.action, mlp.dtype, mlp.shape, mlp.flat, mlp.alias_of) == ("merge", "F32", (4, 4), None, None)

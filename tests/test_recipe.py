@@ -51,7 +51,7 @@ def test_path_text_mapping_and_recipe_are_one_recipe(tmp_path):
     assert from_text.label == "recipe" and read_recipe(path).label == str(path)
     assert from_text.resolve("x", None, 4) == {
         "weight": [0.5, 0.1], "density": [0.2, 1.0], "normalize": False, "lambda": 1.0, "tie": "index",
-        "elect": "weighted", "int8_mask": False, "seed": 0, "name": "x",
+        "elect": "weighted", "rescale": None, "int8_mask": False, "seed": 0, "name": "x",
     }  # fmt: skip
 
 
@@ -150,47 +150,48 @@ def test_anchors_and_merge_keys_work():
         (ties(slices=[]), "slices: not supported yet"),
         (ties(modules={}), "modules: not supported yet"),
         (ties(tokenizer={"source": "union"}), "tokenizer: not supported yet"),
-        (ties(tokenizer_source="union"), "tokenizer_source: not supported yet"),
+        (ties(tokenizer_source="union"), "tokenizer_source: only base is supported yet, got 'union'"),
         (ties(chat_template="auto"), "chat_template: not supported yet"),
         (ties(base_model=None), "base_model: ties merges differences to a base and needs one"),
         (
             ties(base_model="m+lora"),
             "base_model: 'm+lora' asks for an adapter on a model, which is not supported",
         ),
-        (ties(base_model=7), "base_model: Input should be a valid string, got 7"),
+        (ties(base_model=7), "base_model: must be text, got 7"),
         (ties(models=[{"model": "m+lora"}]), "models[0].model: 'm+lora' asks for an adapter"),
-        (ties(models=None), "models: Field required"),
-        (ties(models=[]), "models: List should have at least 1 item"),
-        (ties(models="a"), "models: Input should be a valid list, got 'a'"),
+        (ties(models=None), "models: is missing"),
+        (ties(base_model=""), "base_model: must not be empty, got ''"),
+        (ties(models=[]), "models: must hold at least 1, got 0"),
+        (ties(models="a"), "models: must be a list, got 'a'"),
         (ties(models=["a"]), "models[0]: must be a mapping with the key model, got 'a'"),
         (
             ties(models=[{"modle": "a"}]),
             "models[0].modle: unknown key; did you mean model? Known: model, param",
         ),
-        (ties(models=[{"parameters": {}}]), "models[0].model: Field required"),
-        (ties(models=[{"model": 1}]), "models[0].model: Input should be a valid string, got 1"),
+        (ties(models=[{"parameters": {}}]), "models[0].model: is missing"),
+        (ties(models=[{"model": 1}]), "models[0].model: must be text, got 1"),
         (
             ties(models=[{"model": "a"}, {"model": "a"}]),
             "models[1].model: 'a' is listed twice, first as models[0]",
         ),
         (ties(models=[{"model": "base"}]), "models: nothing to merge besides the base 'base'"),
-        (ties(models=[{"model": str(i)} for i in range(65)]), "models: List should have at most 64 items"),
+        (ties(models=[{"model": str(i)} for i in range(65)]), "models: must hold at most 64, got 65"),
         (ties(parameters=[1]), "parameters: must be a mapping, got [1]"),
         (
             ties(models=[{"model": "a", "parameters": 1}]),
-            "models[0].parameters: Input should be a valid dictionary",
+            "models[0].parameters: must be a mapping, got 1",
         ),
         (ties(dtype="int8"), "dtype: unknown type 'int8'; Known: bfloat16, float16, float32, float64"),
         (ties(out_dtype="bf16"), "out_dtype: unknown type 'bf16'; "),
-        (ties(scope="row"), "scope: Input should be 'tensor' or 'model', got 'row'"),
+        (ties(scope="row"), "scope: must be 'tensor' or 'model', got 'row'"),
         (
             ties(merge_method="dare_ties", scope="model"),
             "scope: model is for methods that trim by magnitude; ",
         ),
-        (ties(seed=-1), "seed: Input should be greater than or equal to 0, got -1"),
-        (ties(seed=2**64), "seed: Input should be less than or equal to 18446744073709551615"),
-        (ties(seed=1.5), "seed: Input should be a valid integer, got 1.5"),
-        (ties(seed=True), "seed: Input should be a valid integer, got True"),
+        (ties(seed=-1), "seed: must be at least 0, got -1"),
+        (ties(seed=2**64), "seed: must be at most 18446744073709551615, got"),
+        (ties(seed=1.5), "seed: must be an integer, got 1.5"),
+        (ties(seed=True), "seed: must be an integer, got True"),
         (
             ties(seed=1, parameters={"seed": 2}),
             "seed: stands at the top level and under parameters; keep one",
@@ -198,7 +199,7 @@ def test_anchors_and_merge_keys_work():
         (ties(tie="keep", parameters={"tie": "keep"}), "tie: stands at the top level and under parameters"),
         (
             ties(merge_method="linear", tie="keep"),
-            "parameters.tie: no parameter of linear; Known: normalize, weight",
+            "parameters.tie: no parameter of linear; Known: int8_mask, normalize, weight",
         ),
     ],
 )
@@ -211,6 +212,11 @@ def test_a_directory_with_a_plus_in_its_name_is_a_directory(tmp_path):
     assert read_recipe(
         ties(models=[{"model": str(tmp_path / "a+b"), "parameters": {"weight": 1}}])
     ).members == (0,)
+
+
+def test_the_tokenizer_may_be_asked_of_the_base():
+    recipe = read_recipe(ties(tokenizer_source="base"))
+    assert read_recipe(recipe.as_dict()).tokenizer_source == "base"
 
 
 def test_empty_keys_mean_absent():
@@ -238,7 +244,7 @@ def test_the_base_among_the_models_has_no_delta_but_is_a_member_of_linear():
 def test_seed_of_the_command_line_wins():
     recipe = read_recipe(ties(seed=5))
     assert recipe.with_seed(None).seed == 5 and recipe.with_seed(0).seed == 0 and recipe.seed == 5
-    with pytest.raises(RecipeError, match="seed: Input should be greater"):
+    with pytest.raises(RecipeError, match="seed: must be at least 0, got -3"):
         recipe.with_seed(-3)
 
 

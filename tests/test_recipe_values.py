@@ -179,3 +179,13 @@ def test_a_missing_weight_names_model_and_tensor():
         "recipe: models[0].parameters.weight ('a'): ties needs one for tensor 'norm.weight', and neither the "
         "model's nor the top-level parameters give it"
     )
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_methods_that_do_not_rescale_accept_false_only(method):
+    recipe = read_recipe(ties(merge_method=method, parameters={"rescale": False}))
+    assert recipe.resolve("x", None, 1)["rescale"] is None
+    for written in (True, "density", "l1", "no"):
+        assert "parameters.rescale: must be false, as only the dare methods rescale here, got" in refused(
+            ties(merge_method=method, parameters={"rescale": written})
+        )

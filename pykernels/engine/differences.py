@@ -28,6 +28,11 @@ def differences(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
             f"{shown(recipe.base_model)} is the base and has no delta to itself: its entry in models changes "
             "nothing, as in mergekit"
         )
+    if recipe.tokenizer_source is not None:
+        giver = recipe.base_model or recipe.models[0].model
+        notes.append(
+            f"tokenizer_source base: tokenizer, config and chat template are those of {shown(giver)}"
+        )
     return notes + [
         f"filter {shown(text)} matches no tensor" for text in _filters(recipe) if not _matches(text, outputs)
     ]
@@ -94,10 +99,8 @@ def _sum(out: Output) -> float:
 
 
 def _dare(recipe: Recipe, merged: Sequence[Output]) -> list[str]:
-    dropped = [
-        o for o in merged if "rescale" in o.params and any(0 < d < 1 for d in o.params.get("density", ()))
-    ]
-    if not dropped:
+    dropped = [o for o in merged if any(0 < d < 1 for d in o.params.get("density", ()))]
+    if not recipe.merge_method.startswith("dare") or not dropped:
         return []
     notes = [
         f"masks are drawn from seed {recipe.seed} and the tensor's name, with densities in steps of 1/65536; "

@@ -17,7 +17,7 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F6
 
 MAX_MODELS = 64
 MAX_SEED = 2**64 - 1
-_UNSUPPORTED = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+_UNSUPPORTED = ("slices", "modules", "tokenizer", "chat_template")
 _EITHER_PLACE = ("scope", "seed")  # top level is their place; under parameters they mean the same
 
 
@@ -43,6 +43,7 @@ class Recipe(BaseModel):
     parameters: dict[str, Any] = {}
     dtype: str | None = None
     out_dtype: str | None = None
+    tokenizer_source: str | None = None
     scope: Literal["tensor", "model"] = "tensor"
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     _label: str = PrivateAttr(default="recipe")
@@ -130,9 +131,7 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, label: str | No
         return recipe
     except ValidationError as e:
         first = e.errors()[0]
-        raise RecipeError(
-            f"{label}: {_place(first['loc'])}: {first['msg']}, got {shown(first['input'])}"
-        ) from None
+        raise RecipeError(f"{label}: {_place(first['loc'])}: {_words(first)}") from None
     except ValueError as e:
         raise RecipeError(f"{label}: {e}") from None
 
@@ -161,6 +160,10 @@ def _build(data: dict[str, Any]) -> Recipe:
             )
     _check_keys(data, Recipe.model_fields.keys() | _hoisted(), "")
     data = {k: v for k, v in data.items() if v is not None}
+    if data.get("tokenizer_source", "base") != "base":
+        raise ValueError(
+            f"tokenizer_source: only base is supported yet, got {shown(data['tokenizer_source'])}"
+        )
     _method(data.get("merge_method"))
     models = data.get("models")
     for i, entry in enumerate(models if isinstance(models, list | tuple) else ()):
@@ -255,6 +258,32 @@ def _check_parameters(recipe: Recipe) -> None:
         raise ValueError(
             f"scope: model is for methods that trim by magnitude; {known(method.name, with_tie)}"
         )
+
+
+_WORDS = {
+    "missing": "is missing",
+    "string_type": "must be text",
+    "int_type": "must be an integer",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "string_too_short": "must not be empty",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must hold at least {min_length}",
+    "too_long": "must hold at most {max_length}",
+}
+"""The checker's kinds of faults in this package's words."""
+
+
+def _words(error: Any) -> str:
+    context = error.get("ctx", {})
+    said: str = _WORDS.get(error["type"], error["msg"]).format_map(context)
+    if error["type"] == "missing":
+        return said  # the input is the whole recipe then
+    if error["type"] in ("too_short", "too_long"):
+        return f"{said}, got {context['actual_length']}"
+    return f"{said}, got {shown(error['input'])}"
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

@@ -36,6 +36,8 @@ def reader(method: Method, name: str) -> Read:
     words = CHOICES.get(name, ())
     if name == "normalize" and "elect" not in method.parameters:
         words = ()  # "count" counts those who agree, and without an election nobody does
+    if name == "rescale" and default is None:
+        return _no_rescale
     if name == "rescale":
         return lambda raw: raw if raw in words else ("density" if _flag(raw, words) else None)
     if isinstance(default, bool):
@@ -142,6 +144,11 @@ def _flag(raw: Any, words: tuple[str, ...]) -> bool:
     if isinstance(raw, bool | int | float) and raw in (0, 1):
         return bool(raw)
     raise ValueError(f"must be {' or '.join(('true', 'false', *words))}, got {shown(raw)}")
+
+
+def _no_rescale(raw: Any) -> None:
+    if not isinstance(raw, bool | int | float) or raw != 0:
+        raise ValueError(f"must be false, as only the dare methods rescale here, got {shown(raw)}")
 
 
 def _word(raw: Any, words: tuple[str, ...]) -> str:

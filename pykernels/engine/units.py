@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pykernels.engine.files import FileIdentity, header_bytes
-from pykernels.methods import Params
+from pykernels.methods import METHODS, Params
 
 ROW_HEAD = ("tensor", "shape", "from", "to", "shard", "parameters")
 """Titles of the columns of ``Plan.rows``."""
@@ -149,7 +149,8 @@ class Plan:
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row of text per output, under ``ROW_HEAD``."""
-        return [_row(o, self.shards[o.shard].name) for o in self.outputs]
+        fixed = {name for name, default in METHODS[self.method].parameters.items() if default is None}
+        return [_row(o, self.shards[o.shard].name, fixed) for o in self.outputs]
 
 
 def _model(d: dict[str, Any]) -> ModelRef:
@@ -162,19 +163,20 @@ def _output(d: dict[str, Any]) -> Output:
     return Output(**{**d, "shape": tuple(d["shape"]), "base": base, "tuned": tuned})
 
 
-def _row(o: Output, shard: str) -> tuple[str, ...]:
+def _row(o: Output, shard: str, fixed: set[str]) -> tuple[str, ...]:
     shape = " x ".join(map(str, o.shape)) or "scalar"
     inputs = " ".join(dict.fromkeys(s.dtype for s in o.sources))
-    text = "copied" if o.action == "copy" else _parameters(o.params)
+    text = "copied" if o.action == "copy" else _parameters(o.params, fixed)
     return o.name, shape, inputs, o.dtype, shard, text
 
 
-def _parameters(params: Params) -> str:
+def _parameters(params: Params, fixed: set[str]) -> str:
+    """``fixed``: parameters that have one value only, which says nothing."""
     parts = []
     for key, value in params.items():
         if isinstance(value, list):
             parts.append(f"{key} {_numbers(value)}")
-        elif key not in ("seed", "name", "int8_mask"):
+        elif key not in {"seed", "name", "int8_mask", *fixed}:
             parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
     return ", ".join(sorted(parts, key=lambda p: not p.startswith(("weight", "density"))))
 
