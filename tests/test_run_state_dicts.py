@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,11 +46,20 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "tis"}, "unknown method 'tis'; did you mean ties"),
     "no base": ({"base": None}, "ties needs a base"),
     "base": ({"method": "linear"}, "linear has no base"),
-    "no model": ({"tuned": []}, "at least one model"),
+    "no model": ({"tuned": []}, "tuned must hold 1 to 64 models, got 0"),
     "parameter": ({"weigth": 1.0}, "ties has no parameter weigth; did you mean weight"),
     "required": ({"weight": None}, "ties needs weight: a number, or one per model"),
-    "count": ({"weight": [1.0, 2.0]}, r"weight must have one value per model \(1\), got 2"),
-    "range": ({"density": 2.0}, "density must be between 0 and 1, got 2.0"),
+    "count": ({"weight": [1.0, 2.0]}, "weight must be a number or 1 of them, one per model, got a list of 2"),
+    "range": ({"density": 2.0}, r"density must lie in \[0, 1\], got 2.0"),
+    "seed below": ({"seed": -1}, r"seed must lie in \[0, 2\*\*64\), got -1"),
+    "seed kind": ({"seed": 1.5}, "seed must be an integer, got float"),
+    "many": ({"tuned": [STATE] * 65}, "tuned must hold 1 to 64 models, got 65"),
+    "mapping": ({"tuned": STATE}, "tuned must be a sequence of state dicts, got dict"),
+    "tensor": ({"tuned": [W]}, r"tuned\[0\] must be a mapping of names to tensors, got Tensor"),
+    "base kind": ({"base": [W]}, "base must be a mapping of names to tensors, got list"),
+    "text": ({"weight": "12"}, "weight must be a number or one per model, got '12'"),
+    "lambda": ({"lambda_": float("nan")}, "lambda_ must be finite in float32, got nan"),
+    "rescale": ({"rescale": True}, "rescale must be false, as only the dare methods rescale here"),
     "word": ({"tie": "random"}, "tie must be index or keep"),
     "missing": ({"tuned": [{"w": W}]}, r"tuned\[0\] lacks 1 tensors of base: 'n'"),
     "extra": ({"base": {"w": W}}, r"tuned\[0\] has 1 tensors that base lacks: 'n'"),
@@ -73,3 +83,17 @@ def test_refusals(fault: str) -> None:
         del call["weight"]
     with pytest.raises((ValueError, TypeError), match=words):
         merge_state_dicts(**call)
+
+
+@pytest.mark.parametrize(
+    "weight", [np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5, 0.5]), np.array([0.5, 0.5]), [0.5, 0.5]]
+)
+def test_numbers_are_accepted_as_the_ops_accept_them(weight: Any) -> None:
+    tuned = [{"w": W + 1}, {"w": W + 2}]
+    want = merge_state_dicts({"w": W}, tuned, "task_arithmetic", weight=0.5)
+    assert same(merge_state_dicts({"w": W}, tuned, "task_arithmetic", weight=weight), want)
+
+
+def test_no_rescale_may_be_said_as_in_the_ops() -> None:
+    call = {"base": {"w": W}, "tuned": [{"w": W + 1}], "method": "dare_linear", "weight": 1.0, "density": 0.5}
+    assert same(merge_state_dicts(**call, rescale=None), merge_state_dicts(**call, rescale=False))

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from pykernels import check
 from pykernels.engine.compute import merge_whole
 from pykernels.engine.settings import known, reader, shown
 from pykernels.methods import METHODS, REQUIRED, Method, Params
 
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 StateDict = Mapping[str, torch.Tensor]
+OP = "merge_state_dicts"
 
 
 def merge_state_dicts(
@@ -52,8 +54,8 @@ def merge_state_dicts(
             else "has no base: pass None, and put it into tuned to merge it too"
         )
         raise ValueError(f"merge_state_dicts: {method} {rule}")
-    if not tuned:
-        raise ValueError("merge_state_dicts: tuned must hold at least one model")
+    _check_models(base, tuned)
+    check.seed(OP, seed)
     p = _parameters(row, len(tuned), parameters)
     models = [base, *tuned] if base is not None else list(tuned)
     titles = (["base"] if base is not None else []) + [f"tuned[{i}]" for i in range(len(tuned))]
@@ -88,20 +90,39 @@ def _parameters(row: Method, count: int, given: Mapping[str, Any]) -> Params:
         value = given.get(name, default)
         if value is REQUIRED:
             raise ValueError(f"merge_state_dicts: {row.name} needs {name}: a number, or one per model")
-        per_model = name in row.model_parameters
-        many = per_model and isinstance(value, list | tuple)
-        values = list(value) if many else [value] * (count if per_model else 1)
-        if per_model and len(values) != count:
-            raise ValueError(
-                f"merge_state_dicts: {name} must have one value per model ({count}), got {len(values)}"
-            )
-        read = reader(row, name)
-        try:
-            values = [v if v is default else read(v) for v in values]
-        except ValueError as error:
-            raise ValueError(f"merge_state_dicts: {name} {error}") from None
-        p[name] = values if per_model else values[0]
+        p[name] = default if value is default else _read(row, name, value, count)
+        if name in row.model_parameters and value is default:
+            p[name] = [default] * count
     return p
+
+
+def _read(row: Method, name: str, value: Any, count: int) -> Any:
+    """One parameter as the ops take it: numbers by their checks, words and flags by the recipe's."""
+    if name in row.model_parameters:
+        return (
+            check.density(OP, value, count) if name == "density" else check.per_model(OP, name, value, count)
+        )
+    if isinstance(row.parameters[name], float):
+        return check.number(OP, f"{name}_" if name == "lambda" else name, value)
+    if name == "rescale" and value is None:
+        return None  # as in the ops; a recipe says false
+    try:
+        return reader(row, name)(value)
+    except ValueError as error:
+        raise ValueError(f"{OP}: {name} {error}") from None
+
+
+def _check_models(base: StateDict | None, tuned: Sequence[StateDict]) -> None:
+    if isinstance(tuned, str | bytes) or not isinstance(tuned, Sequence):
+        raise TypeError(f"{OP}: tuned must be a sequence of state dicts, got {type(tuned).__name__}")
+    if not 1 <= len(tuned) <= check.MAX_MODELS:
+        raise ValueError(f"{OP}: tuned must hold 1 to {check.MAX_MODELS} models, got {len(tuned)}")
+    named = [("base", base)] if base is not None else []
+    for title, model in (*named, *((f"tuned[{i}]", model) for i, model in enumerate(tuned))):
+        if not isinstance(model, Mapping):
+            raise TypeError(
+                f"{OP}: {title} must be a mapping of names to tensors, got {type(model).__name__}"
+            )
 
 
 def _check_names(models: Sequence[StateDict], titles: Sequence[str]) -> None:
