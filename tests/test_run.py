@@ -216,14 +216,22 @@ def test_no_float_tensors_at_all(tmp_path: Path) -> None:
 # What must be refused
 
 
-@pytest.mark.parametrize("tensor", ["model.position_ids", "model.flags"])
-def test_other_tensors_must_be_equal(home: Path, tmp_path: Path, tensor: str) -> None:
+@pytest.mark.parametrize(
+    "tensor, values",
+    [("model.position_ids", "element 3 is 3 and 7000000000"), ("model.flags", "element 0 is 1 and 0")],
+)
+def test_other_tensors_must_be_equal(home: Path, tmp_path: Path, tensor: str, values: str) -> None:
     for name in ("base", "t0"):
         state = load(home / name)
         if name == "t0":
-            state[tensor] = state[tensor].flip(0) if tensor == "model.position_ids" else ~state[tensor]
+            if tensor == "model.position_ids":
+                state[tensor][3] = 7_000_000_000
+            else:
+                state[tensor] = ~state[tensor]
         write_model(tmp_path / name, state)
-    with pytest.raises(OutputError, match=f"tensor '{tensor}' .* differs between .*base.* and .*t0"):
+    with pytest.raises(
+        OutputError, match=f"tensor '{tensor}' .* differs between .*base.* and .*t0.*: {values}$"
+    ):
         merge(recipe(tmp_path, "ties", tuned=1), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

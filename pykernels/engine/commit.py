@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pykernels.engine.companions import INDEX
 from pykernels.engine.files import shown
+from pykernels.engine.leftovers import replaced
 from pykernels.engine.preflight import HIDDEN, OutputError
 from pykernels.engine.units import Plan
 
@@ -66,10 +67,11 @@ def _locked(out: Path) -> Iterator[None]:
 def publish(plan: Plan, folder: Path, out: Path, names: Sequence[str], *, durable: bool) -> None:
     """Move ``names`` and the shards from ``folder`` to OUT; what makes them loadable comes last.
 
-    Old weights in OUT go first, their index before them: files of two merges never make a model together.
+    OUT's old checkpoint goes first, its index before its weights: files of two merges never make a model
+    together. Files that belong to no checkpoint stay.
     """
     new = {shard.name for shard in plan.shards}
-    for old in (out / INDEX, *sorted(out.glob("*.safetensors"))):
+    for old in replaced(out, names):
         with contextlib.suppress(FileNotFoundError):
             old.unlink()
     if durable:

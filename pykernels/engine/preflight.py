@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pykernels.engine.files import shown
+from pykernels.engine.files import TORCH_DTYPE, shown
 from pykernels.engine.mapped import Inputs, check_identity
 from pykernels.engine.units import Plan, Source
 
@@ -38,7 +38,7 @@ def check_place(plan: Plan, out: Path, *, overwrite: bool) -> None:
         if held and not overwrite:
             raise OutputError(
                 f"{shown(out, 300)}: is not empty (holds {shown(', '.join(held[:5]))}); "
-                "overwrite (--overwrite) removes the weights in it"
+                "overwrite (--overwrite) replaces the checkpoint in it"
             )
     check_room(plan, out)
 
@@ -60,16 +60,16 @@ def check_equal(plan: Plan, inputs: Inputs) -> None:
     for out in plan.outputs:
         if out.action == "copy":
             for source in out.sources[1:]:
-                if not _equal(inputs, out.sources[0], source):
+                if found := _difference(inputs, out.sources[0], source):
                     raise OutputError(
                         f"tensor {shown(out.name)} ({out.dtype}) is copied, not averaged, and differs "
-                        f"between {_model(plan, out.sources[0])} and {_model(plan, source)}"
+                        f"between {_model(plan, out.sources[0])} and {_model(plan, source)}: {found}"
                     )
     for one, other in plan.same:
-        if not _equal(inputs, one, other):
+        if found := _difference(inputs, one, other):
             raise OutputError(
                 f"tensor {shown(one.name)} of {_model(plan, one)} and tensor {shown(other.name)} of "
-                f"{_model(plan, other)} must be equal (one is read for the other), and they differ"
+                f"{_model(plan, other)} must be equal (one is read for the other), and they differ: {found}"
             )
 
 
@@ -77,16 +77,27 @@ def _model(plan: Plan, source: Source) -> str:
     return shown(plan.models[source.model].name)
 
 
-def _equal(inputs: Inputs, one: Source, other: Source) -> bool:
+def _difference(inputs: Inputs, one: Source, other: Source) -> str:
+    """The first element that differs, with both values; nothing where all bytes are equal."""
     if one.nbytes != other.nbytes:
-        return False
+        return f"{one.nbytes} and {other.nbytes} bytes"
     for start in range(0, one.nbytes, STEP):
         count = min(STEP, one.nbytes - start)
-        if not torch.equal(inputs.bytes(one, start, count), inputs.bytes(other, start, count)):
-            return False
+        a, b = inputs.bytes(one, start, count), inputs.bytes(other, start, count)
+        if not torch.equal(a, b):
+            at = start + int((a != b).nonzero()[0])
+            width = TORCH_DTYPE.get(one.dtype, torch.uint8).itemsize
+            values = [_value(inputs, source, at // width) for source in (one, other)]
+            return f"element {at // width} is {values[0]} and {values[1]}"
     inputs.drop(one)
     inputs.drop(other)
-    return True
+    return ""
+
+
+def _value(inputs: Inputs, source: Source, index: int) -> object:
+    dtype = TORCH_DTYPE.get(source.dtype, torch.uint8)
+    read = inputs.bytes(source, index * dtype.itemsize, dtype.itemsize)
+    return read.clone().view(dtype).item()  # a file's bytes lie at any address, a typed view may not
 
 
 def check_unchanged(plan: Plan) -> None:

@@ -6,7 +6,7 @@ Bytes: every input once (statistics of tensors beyond the memory budget read aga
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from pykernels.engine.collector import frozen
 from pykernels.engine.commit import publish, workplace
 from pykernels.engine.companions import CARD, INDEX, index_text, write_companions
 from pykernels.engine.compute import Budget, Compute
+from pykernels.engine.leftovers import foreign_weights
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.plan import make_plan
 from pykernels.engine.prefetch import Prefetcher
@@ -93,6 +94,7 @@ def merge(
     durable: bool = False,
     allow_download: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    planned: Callable[[Plan, Sequence[str]], None] | None = None,
 ) -> Report:
     """Merge the models of a recipe into the directory ``out``.
 
@@ -104,10 +106,12 @@ def merge(
         shard_size: bytes of tensors per output file, as ``memory``.
         seed: for methods that drop at random; default the recipe's.
         dry_run: plan and check everything, write nothing.
-        overwrite: replace the weights that ``out`` holds.
+        overwrite: replace the checkpoint that ``out`` holds: weights, index, tokenizer and the like. Weights
+            of another kind (an adapter, pytorch_model.bin) stay and are named in a warning.
         durable: return only when everything is on the disk.
         allow_download: let hub ids be downloaded.
         progress: called now and then, and at the end, on this thread.
+        planned: called once with the plan and what a user should be told, before the merge starts.
 
     Result bits depend on recipe, seed and inputs alone.
 
@@ -125,6 +129,11 @@ def merge(
     inputs = Inputs({path: i for model in plan.models for path, i in model.identities.items()})
     try:
         check_equal(plan, inputs)
+        warnings = plan.notes
+        if other := foreign_weights(out):
+            warnings = (*warnings, other)
+        if planned is not None:
+            planned(plan, warnings)
         written: Mapping[int, Written] = {}
         if not dry_run:
             with _threads(threads):
@@ -133,7 +142,7 @@ def merge(
         inputs.close()
     meter.finish()
     nonfinite = {plan.outputs[n].name: w.nonfinite for n, w in sorted(written.items()) if w.nonfinite}
-    told = (*plan.notes, _nonfinite_text(nonfinite)) if nonfinite else plan.notes
+    told = (*warnings, _nonfinite_text(nonfinite)) if nonfinite else warnings
     seconds = time.perf_counter() - start
     return Report(out, plan, dry_run, seconds, plan.total_read, plan.total_write, nonfinite, told)
 
