@@ -64,6 +64,50 @@ def test_model_scope(home: Path, tmp_path: Path) -> None:
     assert report.ok and len(report.recomputed) == 2
 
 
+@pytest.mark.parametrize("limit", [1 << 30, 10])
+def test_model_scope_says_who_found_the_thresholds(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    from pykernels import backends
+    from pykernels.engine import recompute
+    from pykernels.engine.compute import Compute
+
+    def survey(self: Compute) -> None:
+        used.append(backends.call("magnitude_histogram", torch.empty(1)).__module__)
+        real(self)
+
+    used: list[str] = []
+    real = Compute.survey
+    merge(recipe(home, "ties", scope="model"), tmp_path / "out")
+    monkeypatch.setattr(recompute, "SURVEYED", limit)
+    monkeypatch.setattr(Compute, "survey", survey)
+    report = verify(tmp_path / "out", samples=2)
+    assert report.ok
+    assert any("thresholds" in note for note in report.notes) == (limit == 10)
+    assert used[0].startswith("pykernels.ref") or limit == 10
+
+
+def test_relative_paths_are_found_from_elsewhere(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    merge(recipe(Path(), "ties"), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    report = verify("out")
+    assert report.ok and report.recomputed and not report.notes
+    record = json.loads((tmp_path / "out" / "pykernels.json").read_text())
+    assert [model["name"] for model in record["plan"]["models"]] == ["t0", "t1", "t2", "base"]
+
+
+def test_a_count_that_the_record_does_not_have(merged: Path) -> None:
+    record = json.loads((merged / "pykernels.json").read_text())
+    name = "model.norm.weight"
+    record["tensors"][name]["nonfinite"] = 3
+    (merged / "pykernels.json").write_text(json.dumps(record))
+    (failure,) = verify(merged, samples=0).failures
+    assert f"tensor '{name}': 0 NaN or infinite elements, the record says 3" in failure
+
+
 def test_any_flipped_bit_is_found_and_named(merged: Path) -> None:
     draw = random.Random(0)
     record = json.loads((merged / "pykernels.json").read_text())

@@ -149,11 +149,12 @@ _WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "vocab
 def resolve_model(name: str, *, allow_download: bool = False) -> Path:
     """The directory of a model: ``name`` itself, or a hub id ("org/name[@revision]") in the local cache.
 
-    Nothing is downloaded unless ``allow_download``. Raises FileError when there is no such model.
+    The path is absolute: a record of a merge is read from other working directories too. Nothing is
+    downloaded unless ``allow_download``. Raises FileError when there is no such model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path.absolute()
     if path.exists():
         raise FileError(f"{shown(name)}: a model is a directory, this is a file")
     if not _HUB_ID.fullmatch(name):

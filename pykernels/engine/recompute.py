@@ -17,6 +17,8 @@ from pykernels.engine.units import Output, Plan
 
 ELEMENTS = 1 << 23
 """Elements that all samples have together, at the most: seconds of the reference."""
+SURVEYED = 1 << 30
+"""Elements of all models up to which a model-wide threshold is found by the reference: minutes."""
 STEP = 1 << 20
 MEMORY = 1 << 30
 UNIT = 2.0**-24
@@ -40,7 +42,10 @@ class _Memory:
 def recompute(
     out: Path, plan: Plan, outputs: Sequence[Output], count: int
 ) -> tuple[list[str], list[str], list[str]]:
-    """Merge up to ``count`` of ``outputs`` again: failures, notes and the names of those compared."""
+    """Merge up to ``count`` of ``outputs`` again: failures, notes and the names of those compared.
+
+    Model-wide thresholds of more than ``SURVEYED`` elements come from the kernels; a note says so.
+    """
     failures: list[str] = []
     notes: list[str] = []
     names: list[str] = []
@@ -48,8 +53,8 @@ def recompute(
     compute = Compute(plan, inputs, Budget.of(plan, max(MEMORY, MIN_MEMORY)), lambda nbytes, name: None)
     chosen = _choose(outputs, count)
     try:
-        if chosen:
-            compute.survey()
+        if chosen and plan.scope == "model":
+            notes += _survey(plan, compute)
         for output in chosen:
             with use_backend("ref"):
                 memory = _Memory()
@@ -68,6 +73,17 @@ def recompute(
     finally:
         inputs.close()
     return failures, notes, names
+
+
+def _survey(plan: Plan, compute: Compute) -> list[str]:
+    """The model-wide thresholds, by the reference where that takes minutes at the most; else a note."""
+    seen = sum(o.numel * len(o.tuned) for o in plan.segment())
+    if seen <= SURVEYED:
+        with use_backend("ref"):
+            compute.survey()
+        return []
+    compute.survey()
+    return [f"scope model: the kernels, not the reference, found the thresholds of {seen} elements"]
 
 
 def _choose(outputs: Sequence[Output], count: int) -> list[Output]:
