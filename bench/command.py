@@ -30,6 +30,8 @@ def run(
 
     ``only``: substrings of row names; all when empty. ``keep`` saves to ``bench/results/<machine>.json`` too.
     """
+    if keep:
+        report.checkout()  # refused before the minutes of measuring, not after
     if threads:
         torch.set_num_threads(threads)
     about = report.machine()

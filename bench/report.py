@@ -48,9 +48,19 @@ def slug(about: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def checkout() -> Path:
+    """The source checkout that this module lies in. ValueError where it is installed elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").is_file():
+        raise ValueError("bench/results and README.md are files of a source checkout; run this from one")
+    return root
+
+
 def save(run: Run, path: Path | None = None) -> Path:
-    """Write a run as JSON, by default to ``bench/results/<machine>.json``."""
-    path = path or RESULTS / f"{slug(run['machine'])}.json"
+    """Write a run as JSON, by default to ``bench/results/<machine>.json`` of a source checkout."""
+    if path is None:
+        checkout()
+        path = RESULTS / f"{slug(run['machine'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(run), indent=1) + "\n")
     return path
@@ -164,8 +174,12 @@ def main(arguments: Sequence[str]) -> int:
     if len(names) != 1:
         print("usage: python -m pykernels.bench.report README [--check]", file=sys.stderr)
         return 2
-    path = Path(__file__).parent.parent / "README.md" if names[0] == "README" else Path(names[0])
-    current = write_readme(path, check=check)
+    try:
+        path = checkout() / "README.md" if names[0] == "README" else Path(names[0])
+        current = write_readme(path, check=check)
+    except (ValueError, OSError) as error:
+        print(f"pykernels.bench.report: {error}", file=sys.stderr)
+        return 2
     print(f"{path.name}: {'current' if current else 'out of date' if check else 'rewritten'}")
     return 1 if check and not current else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -75,20 +75,27 @@ def main(debug: bool) -> None:
 @click.option("--memory", default="2GB", show_default=True, help="Bound on working memory.")
 @_planning
 @click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace the weights that OUT holds.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that OUT holds.")
 @click.option("--durable", is_flag=True, help="Return only when everything is on the disk.")
 @click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the directory OUT."""
     from pykernels.engine.run import merge as run
 
+    said: list[str] = []
+
+    def planned(plan: Plan, told: Sequence[str]) -> None:
+        said.extend(told)
+        for text in dict.fromkeys(told):
+            if text not in plan.notes or not quiet:
+                click.echo(f"{'note' if text in plan.notes else 'warning'}: {printable(text)}", err=True)
+
     with progress_bar(not quiet) as moved, warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("default")
-        report = run(recipe, out, progress=moved, **options)
-    notes = report.plan.notes
+        report = run(recipe, out, progress=moved, planned=planned, **options)
     for text in dict.fromkeys([*(str(w.message) for w in raised), *report.warnings]):
-        if text not in notes or not quiet:
-            click.echo(f"{'note' if text in notes else 'warning'}: {printable(text)}", err=True)
+        if text not in said:
+            click.echo(f"warning: {printable(text)}", err=True)
     if not quiet:
         _print_report(report)
 
@@ -140,7 +147,7 @@ def _print_plan(made: Plan) -> None:
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--quiet", is_flag=True, help="Print failures only.")
+@click.option("--quiet", is_flag=True, help="Print failures and NaN or infinite elements only.")
 def verify(out: Path, quiet: bool) -> None:
     """Re-read a merge: headers, cover, checksums, finite values, samples against the reference."""
     from pykernels.engine.verify import verify as check
@@ -148,18 +155,28 @@ def verify(out: Path, quiet: bool) -> None:
     report = check(out)
     for failure in report.failures:
         click.echo(f"failed: {printable(failure)}", err=True)
+    for warning in report.warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
     if report.failures:
         click.get_current_context().exit(FAILED)
     if not quiet:
-        click.echo(printable(str(report)))
+        click.echo(printable(report.summary))
 
 
 @main.command()
 def backends() -> None:
-    """Print which backend can run which op here, and why not."""
-    from pykernels.backends import BACKENDS, grid
+    """Print which backend can run which op here, and why not; then the instruction set of the kernels."""
+    from pykernels.backends import BACKENDS, grid, missing
 
+    isa = "none" if missing("cpu") else _instruction_sets()  # before the table: it may refuse PYKERNELS_ISA
     print_table(("op", *BACKENDS), [(op, *(row[b] for b in BACKENDS)) for op, row in grid()])
+    click.echo(f"instruction set: {isa}")
+
+
+def _instruction_sets() -> str:
+    from pykernels import _C, native
+
+    return f"{_C.isa()} (available: {', '.join(native.isas())})"
 
 
 @main.command()
@@ -173,9 +190,13 @@ def backends() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/bench"), show_default=True)
 def bench(no_peers: bool, engine: bool, save: bool, **options: Any) -> None:
     """Measure every op against this machine's memory bandwidth; draws a roofline chart (PNG and HTML)."""
+    from pykernels.backends import missing
+
+    if why := missing("cpu"):
+        raise OSError(f"the benchmarks measure the compiled kernels: {why}")
     try:
         command = importlib.import_module("pykernels.bench.command")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise OSError(f"the benchmarks cannot run: {error}; try: pip install 'pykernels[bench]'") from None
     command.run(**options, with_peers=not no_peers, with_engine=engine, keep=save, say=click.echo)
 

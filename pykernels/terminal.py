@@ -52,6 +52,15 @@ def progress_bar(show: bool) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merge", total=None)
-        yield lambda state: bar.update(task, completed=state.done, total=state.total)
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("merge", total=None)
+
+    def moved(state: Progress) -> None:
+        bar.start()  # at the first move only: what is said before the merge starts stands above the bar
+        bar.update(task, completed=state.done, total=state.total)
+
+    try:
+        yield moved
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -189,8 +190,20 @@ def test_verify_accepts_a_merge_and_finds_a_flipped_bit(home):
 def test_backends_prints_the_grid():
     lines = run("backends").output.splitlines()
     assert lines[0].split() == ["op", "cpu", "ref"]
-    assert [line.split()[0] for line in lines[1:]] == list(TABLE)
-    assert all("yes" in line for line in lines[1:])
+    assert [line.split()[0] for line in lines[1:-1]] == list(TABLE)
+    assert all("yes" in line for line in lines[1:-1])
+    assert (
+        lines[-1].startswith("instruction set: ") and "available: " in lines[-1] and "baseline" in lines[-1]
+    )
+
+
+def test_backends_refuses_an_unknown_instruction_set():
+    done = subprocess.run(
+        [sys.executable, "-m", "pykernels.cli", "backends"], capture_output=True, text=True,
+        env={**os.environ, "PYKERNELS_ISA": "wrong"},
+    )  # fmt: skip
+    assert done.returncode == REFUSED and "wrong" in done.stderr and "baseline" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_bench_measures_a_row_and_saves_it(tmp_path, monkeypatch):
@@ -210,6 +223,48 @@ def test_bench_says_what_is_absent(monkeypatch):
     result = run("bench")
     assert result.exit_code == REFUSED
     assert "pykernels[bench]" in result.stderr
+
+
+def test_bench_needs_the_extension(monkeypatch):
+    from pykernels import backends
+
+    monkeypatch.setattr(backends, "missing", lambda name: "pykernels._C is not built")
+    result = run("bench")
+    assert result.exit_code == REFUSED and "pykernels._C is not built" in result.stderr
+
+
+def test_saved_figures_need_a_checkout(monkeypatch, tmp_path, capsys):
+    from pykernels.bench import report
+
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "bench" / "report.py"))
+    result = run("bench", "--save")
+    assert result.exit_code == REFUSED and "source checkout" in result.stderr
+    assert report.main(["README"]) == 2 and "source checkout" in capsys.readouterr().err
+
+
+def test_notes_come_before_the_merge(home, monkeypatch):
+    from pykernels.engine import run as engine
+
+    def stop(*arguments):
+        raise OSError("stopped before the first byte")
+
+    write_recipe(home, tokenizer_source="base")
+    monkeypatch.setattr(engine, "_write", stop)
+    lines = run("merge", "recipe.yml", "out").stderr.splitlines()
+    assert lines[-1] == "pykernels: stopped before the first byte"
+    assert any(line.startswith("note: tokenizer_source base: ") and "'base'" in line for line in lines)
+
+
+def test_verify_tells_of_nonfinite_elements_when_quiet(home):
+    for name in ("base", "a", "b"):
+        path = home / name / "model.safetensors"
+        tensors = load_file(path)
+        tensors["lm_head.weight"][0, 0] = float("inf") if name == "a" else 0
+        save_file({k: v.clone() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    run("merge", "recipe.yml", "out")
+    result = run("verify", "out", "--quiet")
+    assert result.exit_code == 0 and result.stdout == ""
+    assert "1 NaN or infinite elements in 'lm_head.weight'" in result.stderr
 
 
 def test_names_from_files_cannot_command_the_terminal():
