@@ -110,47 +110,66 @@ double deviation(const uint32_t* keys, int64_t groups, double p, uint32_t quanti
   return std::sqrt(std::max(variance, count * p * (1 - p)));
 }
 
-/// The keys between the ranks that lie `sigmas` deviations around the wanted one.
-Bracket bracket_of(const Sample& sample, double wanted, double sigma, double sigmas, uint32_t* spare) {
-  const int64_t count = sample.count;
-  const int64_t top = int64_t(std::floor(wanted - sigmas * sigma - 1)) - 1;
-  const int64_t bottom = int64_t(std::ceil(wanted + sigmas * sigma + 1));
-  int64_t above = 0, ignored;
-  const int top_bin = top < 0 ? Sample::kCoarse - 1 : sample.find(top, above);
-  const int bottom_bin = bottom >= count ? 0 : sample.find(bottom, ignored);
-  uint32_t *near = spare, *room = spare + count;
-  const int64_t kept =
-      keys_between(sample.keys, count, uint32_t(bottom_bin) << Sample::kShift,
-                   (uint32_t(top_bin) << Sample::kShift) + ((1u << Sample::kShift) - 1), near);
-  Bracket b;
-  b.high = top < 0 ? kAbs : nth_largest(near, kept, top - above, room);
-  b.low = bottom >= count ? 0 : nth_largest(near, kept, bottom - above, room);
-  int64_t inside = 0;
-  for (int64_t i = 0; i < kept; i++) {
-    inside += near[i] >= b.low && near[i] <= b.high;
-    above += near[i] > b.high;
+/// The sampled keys around a rank, and brackets among them.
+class Around {
+ public:
+  Around(const Sample& sample, double wanted, double sigma, uint32_t* spare)
+      : count_(sample.count), wanted_(wanted), sigma_(sigma), near_(spare), room_(spare + sample.count) {
+    const int64_t top = rank_above(kSigmas), bottom = rank_below(kSigmas);
+    int64_t ignored;
+    const int top_bin = top < 0 ? Sample::kCoarse - 1 : sample.find(top, above_);
+    const int bottom_bin = bottom >= count_ ? 0 : sample.find(bottom, ignored);
+    kept_ = keys_between(sample.keys, count_, uint32_t(bottom_bin) << Sample::kShift,
+                         (uint32_t(top_bin) << Sample::kShift) + ((1u << Sample::kShift) - 1), near_);
   }
-  b.share = double(inside) / double(count);
-  b.sigma = sigma / double(count);
-  b.above = double(above) / double(count);
-  return b;
-}
 
+  /// The keys between the ranks that lie so many deviations above and below the wanted one (at most kSigmas).
+  Bracket bracket(double up, double down) const {
+    const int64_t top = rank_above(up), bottom = rank_below(down);
+    Bracket b;
+    b.high = top < 0 ? kAbs : nth_largest(near_, kept_, top - above_, room_);
+    b.low = bottom >= count_ ? 0 : nth_largest(near_, kept_, bottom - above_, room_);
+    int64_t inside = 0, greater = above_;
+    for (int64_t i = 0; i < kept_; i++) {
+      inside += near_[i] >= b.low && near_[i] <= b.high;
+      greater += near_[i] > b.high;
+    }
+    b.share = double(inside) / double(count_);
+    b.sigma = sigma_ / double(count_);
+    b.above = double(greater) / double(count_);
+    return b;
+  }
+
+ private:
+  int64_t rank_above(double sigmas) const { return int64_t(std::floor(wanted_ - sigmas * sigma_ - 1)) - 1; }
+  int64_t rank_below(double sigmas) const { return int64_t(std::ceil(wanted_ + sigmas * sigma_ + 1)); }
+
+  int64_t count_;
+  double wanted_, sigma_;
+  uint32_t *near_, *room_;
+  int64_t kept_ = 0, above_ = 0;  // keys in near_, sampled keys greater than all of them
+};
+
+/// Where a bracket holds far more keys than its width explains, heavy ties stand in it or at its edge: a
+/// narrower one that is a single value, or that leaves them out on one side, is worth the small risk.
 Brackets brackets_of(const uint32_t* keys, int64_t groups, double p, uint32_t* spare) {
   const Sample sample(keys, groups * kSampleGroup);
   const double wanted = p * double(sample.count);
   int64_t ignored;
   const int middle = sample.find(std::min(sample.count - 1, int64_t(wanted)), ignored);
-  const double sigma = deviation(keys, groups, p, uint32_t(middle) << Sample::kShift);
+  const Around around(sample, wanted, deviation(keys, groups, p, uint32_t(middle) << Sample::kShift), spare);
   Brackets b;
-  b.safe = b.bold = bracket_of(sample, wanted, sigma, kSigmas, spare);
-  // Continuous keys fill the safe bracket in proportion to its width; well beyond that it holds heavy ties.
-  if (!b.safe.single() && b.safe.share > kHeavy * 2 * kSigmas * b.safe.sigma)
-    for (const double sigmas : {2.0, 1.0}) {
-      b.bold = bracket_of(sample, wanted, sigma, sigmas, spare);
-      if (b.bold.single()) return b;
+  b.safe = b.bold = around.bracket(kSigmas, kSigmas);
+  const auto light = [&](const Bracket& x, double width) { return x.share <= kHeavy * width * x.sigma; };
+  if (b.safe.single() || light(b.safe, 2 * kSigmas)) return b;
+  constexpr double kBold[][2] = {{4, 2}, {2, 4}, {2, 2}, {4, 1}, {1, 4}, {1, 1}};
+  for (const auto& [up, down] : kBold) {
+    const Bracket x = around.bracket(up, down);
+    if (x.single() || (up + down >= 4 && light(x, up + down))) {
+      b.bold = x;
+      break;
     }
-  b.bold = b.safe;
+  }
   return b;
 }
 

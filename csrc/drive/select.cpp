@@ -190,7 +190,10 @@ std::vector<Cut> kth_magnitude(const Inputs& in, const int64_t* k, int threads) 
     threads = 1;  // waking the pool costs more than the work
   }
   settle_all(in, k, bold, open, cuts, threads);
-  const auto same = [&](int m) { return safe.empty() || safe[size_t(m)].low == bold[size_t(m)].low; };
+  const auto same = [&](int m) {
+    return safe.empty() ||
+           (safe[size_t(m)].low == bold[size_t(m)].low && safe[size_t(m)].high == bold[size_t(m)].high);
+  };
   std::vector<int> missed(open);  // the safe bracket of those that dared more
   missed.erase(std::remove_if(missed.begin(), missed.end(), same), missed.end());
   open.erase(std::remove_if(open.begin(), open.end(), std::not_fn(same)), open.end());
