@@ -42,7 +42,7 @@ def one_tensor(op: str, name: str, tensor: torch.Tensor) -> None:
 
 def _plain(op: str, name: str, tensor: torch.Tensor) -> None:
     """Memory must hold the values themselves, one after another."""
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+    if tensor.layout is not torch.strided or tensor.is_meta:
         raise ValueError(
             f"{op}: {name} must be a dense tensor with data, got {tensor.layout} on {tensor.device}"
         )
@@ -65,7 +65,7 @@ def tensors(
     shape, dtype, device = like.shape, like.dtype, like.device
     for i, tensor in enumerate(tuned):
         if (
-            not isinstance(tensor, torch.Tensor)
+            (type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor))
             or tensor.dtype is not dtype
             or tensor.shape != shape
             or tensor.device != device
@@ -76,15 +76,21 @@ def tensors(
     return like
 
 
+def _is_number(value: object) -> bool:
+    """An int, a float or what counts as one; the type first, as asking the abstract class is slow."""
+    kind = type(value)
+    return kind is float or kind is int or (kind is not bool and isinstance(value, Real))
+
+
 def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> list[float]:
     """A finite number, or one per model, as a list of ``n`` floats."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        values = [float(value)] * n
-    elif isinstance(value, torch.Tensor) and value.dim() == 0:
+    if _is_number(value):
+        values = [float(value)] * n  # type: ignore[arg-type]
+    elif type(value) is not list and isinstance(value, torch.Tensor) and value.dim() == 0:
         values = [float(value)] * n
     else:
         try:
-            if isinstance(value, bool | str | bytes | Mapping):
+            if type(value) is not list and isinstance(value, bool | str | bytes | Mapping):
                 raise TypeError
             values = [float(v) for v in value]  # type: ignore[union-attr]
         except (TypeError, ValueError):
@@ -110,7 +116,7 @@ def density(op: str, value: float | Sequence[float], n: int) -> list[float]:
 
 def number(op: str, name: str, value: float) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
         raise ValueError(f"{op}: {name} must be finite in float32, got {value}")

@@ -79,7 +79,7 @@ class Fused {
       : task_(task), in_(task.in), k_(k), keep_equals_(keep_equals), job_(task), cuts_(size_t(task.in.n)) {}
 
   bool run() {
-    if (in_.numel <= kSmall || !speculate()) return false;
+    if (!speculate()) return false;
     stream();
     if (!resolve()) return false;
     patch();
@@ -297,7 +297,7 @@ class Fused {
 }  // namespace
 
 void ties_fused(const Task& task, const int64_t* k, bool keep_equals) {
-  if (Fused(task, k, keep_equals).run()) return;
+  if (task.in.numel > kSmall && Fused(task, k, keep_equals).run()) return;
   std::vector<Cut> cuts = kth_magnitude(task.in, k, task.threads);
   if (keep_equals)
     for (Cut& cut : cuts)
