@@ -62,13 +62,13 @@ def tensors(
         raise ValueError(f"{op}: {name} must hold 1 to {MAX_MODELS} tensors, got {len(tuned)}")
     first, like = ("base", base) if base is not None else (f"{name}[0]", tuned[0])
     one_tensor(op, first, like)
-    shape, dtype, device = like.shape, like.dtype, like.device
+    shape, dtype, device = like.shape, like.dtype, None if like.is_cpu else like.device
     for i, tensor in enumerate(tuned):
         if (
             (type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor))
             or tensor.dtype is not dtype
             or tensor.shape != shape
-            or tensor.device != device
+            or (not tensor.is_cpu if device is None else tensor.device != device)
             or not tensor.is_contiguous()
             or tensor.is_neg()
         ):

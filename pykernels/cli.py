@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pykernels.engine.collector import no_collection
 from pykernels.terminal import gigabytes, print_table, printable, progress_bar
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def main(debug: bool) -> None:
 @click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the directory OUT."""
-    from pykernels.engine.run import merge as run
+    with no_collection():  # torch's import makes much that is no garbage
+        from pykernels.engine.run import merge as run
 
     said: list[str] = []
 
@@ -150,7 +152,8 @@ def _print_plan(made: Plan) -> None:
 @click.option("--quiet", is_flag=True, help="Print failures and NaN or infinite elements only.")
 def verify(out: Path, quiet: bool) -> None:
     """Re-read a merge: headers, cover, checksums, finite values, samples against the reference."""
-    from pykernels.engine.verify import verify as check
+    with no_collection():
+        from pykernels.engine.verify import verify as check
 
     report = check(out)
     for failure in report.failures:

@@ -46,13 +46,6 @@ PK_HD float to_float(f16 x) {
   return bits_float(sign | float_bits(float(rest) * 0x1p-24f));  // zero and denormals: exact
 }
 
-PK_HD float canonical(float x) { return x == x ? x : bits_float(kNaN); }
-
-PK_HD void round_to(float x, float* out) { *out = canonical(x); }
-PK_HD void round_to(float x, bf16* out) {
-  const uint32_t u = float_bits(canonical(x));
-  out->bits = uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
-}
 /// Round to nearest even without hardware support; used by lanes that have none.
 PK_HD void round_to(float x, f16* out) {
   const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, key = u & kAbs;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -88,8 +88,7 @@ def dare_merge(
     return out
 
 
-@dataclass(frozen=True)
-class DarePass:
+class DarePass(NamedTuple):
     """One tensor's DARE with its arguments checked: models of weight 0 are out, thresholds and key are drawn
     up.
     """
@@ -153,7 +152,7 @@ def dare_pass(
     name: str,
 ) -> DarePass:
     """Draw up the pass of one tensor from checked arguments."""
-    taking = [i for i, w in enumerate(weight) if w != 0]
+    taking = [i for i, w in enumerate(weight) if w != 0] if 0 in weight else list(range(len(weight)))
     return DarePass(
         taking,
         [weight[i] for i in taking],

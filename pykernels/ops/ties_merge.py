@@ -62,19 +62,15 @@ def ties_merge(
     check.choice(op, "elect", elect, ELECTIONS)
     check.choice(op, "tie", tie, TIES)
     inputs = [*tuned, base] if base is not None else tuned
+    given = out is not None
     out = backends.output(op, out, out_dtype, like, inputs)
     if like.numel() == 0:
         return out
-    options: dict[str, Any] = {
-        "weight": weights,
-        "lambda_": lambda_,
-        "normalize": normalize,
-        "elect": elect,
-    }
+    options: dict[str, Any] = {"lambda_": lambda_, "normalize": normalize, "elect": elect}
     if not trims(densities):
-        ties_pass(out, base, tuned, None, **options)
-    elif check.aliases(out, inputs) or not ties_whole(
-        out, base, tuned, density=densities, tie=tie, **options
+        ties_pass(out, base, tuned, None, weight=weights, **options)
+    elif (given and check.aliases(out, inputs)) or not ties_whole(
+        out, base, tuned, density=densities, tie=tie, weight=weights, **options
     ):
         taking = [i for i, w in enumerate(weights) if w != 0]
         if not taking:
@@ -84,14 +80,13 @@ def ties_merge(
         cut = backends.call("kth_magnitude", like)(base, kept, k)
         if tie == "keep":
             cut = keep_equals(cut)
-        options["weight"] = [weights[i] for i in taking]
-        ties_pass(out, base, kept, cut, **options)
+        ties_pass(out, base, kept, cut, weight=[weights[i] for i in taking], **options)
     return out
 
 
 def trims(density: Sequence[float]) -> bool:
     """Whether any model loses entries."""
-    return any(d < 1 for d in density)
+    return min(density) < 1
 
 
 def keep_equals(cut: Cut) -> Cut:
@@ -154,22 +149,15 @@ def ties_whole(
 ) -> bool:
     """Selection and merge of a whole tensor in one pass; False where the backend has no such form."""
     fused = backends.find("ties_fused", tuned[0])
-    taking = [i for i, w in enumerate(weight) if w != 0]
-    if fused is None or not taking or not trims(density):
+    if fused is None or not trims(density):
         return False
-    weights = [weight[i] for i in taking]
-    vote = [1.0] * len(taking) if elect == "plain" else None
-    k = counts([density[i] for i in taking], tuned[0].numel())
-    fused(
-        out,
-        base,
-        [tuned[i] for i in taking],
-        k,
-        tie,
-        weights,
-        vote,
-        shares(normalize, weights),
-        lambda_,
-        elect,
-    )
+    if 0 in weight:  # such models take no part
+        taking = [i for i, w in enumerate(weight) if w != 0]
+        if not taking:
+            return False
+        tuned, density = [tuned[i] for i in taking], [density[i] for i in taking]
+        weight = [weight[i] for i in taking]
+    k = counts(density, tuned[0].numel())
+    vote = [1.0] * len(k) if elect == "plain" else None
+    fused(out, base, tuned, k, tie, weight, vote, shares(normalize, weight), lambda_, elect)
     return True
