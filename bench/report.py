@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -38,8 +39,21 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pykernels": version("pykernels"),
+        "commit": _commit(),
         "peers": peers.installed(),
     }
+
+
+def _commit() -> str:
+    """The checkout's commit, with a + where files differ from it; empty outside a checkout."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return said.stdout.strip()
 
 
 def slug(about: dict[str, Any]) -> str:
@@ -99,6 +113,8 @@ def markdown(run: Run) -> str:
     peers = ", ".join(f"{name} {number}" for name, number in about["peers"].items())
     lines = [
         f"**{about['cpu']}**, {about['threads']} threads, {about['isa']}, torch {about['torch']}"
+        + (f", commit {about['commit']}" if about.get("commit") else "")
+        + (f", {run['date']}" if run.get("date") else "")
         + (f", against {peers}" if peers else "")
         + f". Control before and after the rows: {control['before']['ideal']:.1f} and "
         f"{control['after']['ideal']:.1f} GB/s; copy {control['before']['copy']:.1f} and "
