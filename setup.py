@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
             self.extensions = []
             print(
                 f"WARNING: pykernels._C could not be built ({error}); the pure-PyTorch references will "
-                "serve, hundreds of times slower. Install a C++17 compiler and reinstall.",
+                "serve, which are far slower. Install a C++17 compiler and reinstall.",
                 file=sys.stderr,
             )
 

@@ -105,7 +105,7 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> Callable[..., Any] |
 def _warn_once(backend: str) -> None:
     """One warning a process: it stands for every op, so it points at no line of the caller."""
     warnings.warn(
-        f"pykernels: {missing(backend)}; the PyTorch references serve, hundreds of times slower. "
+        f"pykernels: {missing(backend)}; the PyTorch references serve, which are far slower. "
         "Install a C++17 compiler and reinstall pykernels.",
         RuntimeWarning,
         stacklevel=1,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import os
 from collections.abc import Callable
 
 import pytest
@@ -189,7 +188,6 @@ def test_a_cut_falls_right_in_a_chunk_that_starts_anywhere(isa):
 
 
 @pytest.mark.large
-@pytest.mark.skipif(os.environ.get("PYKERNELS_LARGE") != "1", reason="takes 9 GB: set PYKERNELS_LARGE=1")
 def test_more_elements_than_an_int32_counts():
     numel = 2**31 + 4096 + 7
     tuned = torch.ones(numel, dtype=torch.bfloat16)
