@@ -27,21 +27,37 @@ ROWS = (
     "ties_fused",
     "dare_merge",
     "l1_norms",
+    "dot_products",
     "magnitude_histogram",
     "elect_sign",
     "trim",
     "drop_rescale",
 )
+_TRITON_FILES = {
+    "task_arithmetic": "linear_merge",
+    "ties_fused": "ties_merge",
+    "trim": "ties_merge",
+    "drop_rescale": "dare_merge",
+    "magnitude_histogram": "kth_magnitude",
+}
+"""Rows that share a file of ``kernels/`` with the op that does their work."""
 TABLE: dict[str, dict[str, str]] = {
-    op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in ROWS
+    op: {
+        "cpu": f"pykernels.native:{op}",
+        "cuda": f"pykernels.cuda:{op}",
+        "triton": f"pykernels.kernels.{_TRITON_FILES.get(op, op)}:{op}",
+        "ref": f"pykernels.ref.blocks:{op}",
+    }
+    for op in ROWS
 }
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
 _HUGE = 1 << 20
 """Elements from which on a new output asks for huge pages."""
 
-ORDER = {"cpu": ("cpu", "ref"), "cuda": ("ref",)}
-BACKENDS = ("cpu", "ref")
+ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref")}
+"""What ``auto`` tries per device, for every op alike until a committed measurement says otherwise."""
+BACKENDS = ("cpu", "cuda", "triton", "ref")
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 _forced: ContextVar[str | None] = ContextVar(
@@ -51,7 +67,7 @@ _forced: ContextVar[str | None] = ContextVar(
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force backend ``name`` ("cpu" or "ref") inside the block.
+    """Force backend ``name`` ("cpu", "cuda", "triton" or "ref") inside the block.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that cannot run here.
     """
@@ -75,11 +91,29 @@ def missing(name: str) -> str | None:
     """Why backend ``name`` cannot run on this machine, or None when it can."""
     if name == "ref":
         return None
+    module = {"cpu": "pykernels._C", "cuda": "pykernels._cuda", "triton": "triton"}[name]
     try:
-        importlib.import_module("pykernels._C")
+        found = importlib.import_module(module)
     except ImportError as error:
-        return f"pykernels._C is not built ({error})"
+        return f"{module} is not {'installed' if name == 'triton' else 'built'} ({error})"
+    if name == "cuda":
+        why: str | None = found.unavailable()
+        return why
+    if name == "triton" and not _interpreted() and not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _runs_on(name: str) -> str | None:
+    """The type of the device whose memory a compiled backend addresses; None: any."""
+    if name == "cuda":
+        memory: str = importlib.import_module("pykernels._cuda").memory()
+        return memory
+    return {"cpu": "cpu", "triton": "cpu" if _interpreted() else "cuda"}.get(name)
 
 
 @functools.cache
@@ -91,22 +125,25 @@ def _function(op: str, backend: str) -> Callable[..., Any]:
 
 @functools.cache
 def _automatic(op: str, device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    reasons = []
     for backend in ORDER.get(device, ("ref",)):
         if backend not in TABLE[op] or (backend != "ref" and dtype not in NATIVE_DTYPES):
             continue
-        if missing(backend):
-            _warn_once(backend)
+        if why := missing(backend):
+            reasons.append(why)
             continue
+        if backend == "ref" and reasons:
+            _warn_once(device, "; ".join(reasons))
         return _function(op, backend)
     return None
 
 
 @functools.cache
-def _warn_once(backend: str) -> None:
-    """One warning a process: it stands for every op, so it points at no line of the caller."""
+def _warn_once(device: str, why: str) -> None:
+    """One warning a process and device: it stands for every op, so it points at no line of the caller."""
     warnings.warn(
-        f"pykernels: {missing(backend)}; the PyTorch references serve, which are far slower. "
-        "Install a C++17 compiler and reinstall pykernels.",
+        f"pykernels: {why}; the PyTorch references serve on {device} tensors, which are far slower. "
+        f"Install {'Triton, or nvcc' if device == 'cuda' else 'a C++17 compiler'} and reinstall pykernels.",
         RuntimeWarning,
         stacklevel=1,
     )
@@ -121,7 +158,7 @@ def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:
     if forced is None or like.dtype not in NATIVE_DTYPES:
         return _automatic(op, like.device.type, like.dtype)
     _require(forced)
-    if forced not in ORDER.get(like.device.type, ("ref",)):
+    if _runs_on(forced) not in (None, like.device.type):
         raise RuntimeError(
             f"{op}: backend {forced} was forced and does not run on {like.device.type} tensors"
         )
@@ -154,8 +191,6 @@ def output(
 
 
 def grid() -> list[tuple[str, dict[str, str]]]:
-    """Rows (op, {backend: "yes" or the reason why not}) for ``pykernels backends``."""
-    return [
-        (op, {b: (missing(b) or "yes") if b in row else "no such kernel" for b in BACKENDS})
-        for op, row in TABLE.items()
-    ]
+    """Rows (op, {backend: "yes", "no" or "-" for no such kernel}) for ``pykernels backends``."""
+    able = {b: "no" if missing(b) else "yes" for b in BACKENDS}
+    return [(op, {b: able[b] if b in row else "-" for b in BACKENDS}) for op, row in TABLE.items()]

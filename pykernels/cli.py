@@ -173,6 +173,9 @@ def backends() -> None:
 
     isa = "none" if missing("cpu") else _instruction_sets()  # before the table: it may refuse PYKERNELS_ISA
     print_table(("op", *BACKENDS), [(op, *(row[b] for b in BACKENDS)) for op, row in grid()])
+    for name in BACKENDS:
+        if why := missing(name):
+            click.echo(f"{name} cannot run here: {why}")
     click.echo(f"instruction set: {isa}")
 
 

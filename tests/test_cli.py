@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from pykernels.backends import TABLE
+from pykernels.backends import BACKENDS, TABLE, missing
 from pykernels.cli import FAILED, REFUSED, main
 from pykernels.terminal import gigabytes, printable, progress_bar
 
@@ -189,9 +189,11 @@ def test_verify_accepts_a_merge_and_finds_a_flipped_bit(home):
 
 def test_backends_prints_the_grid():
     lines = run("backends").output.splitlines()
-    assert lines[0].split() == ["op", "cpu", "ref"]
-    assert [line.split()[0] for line in lines[1:-1]] == list(TABLE)
-    assert all("yes" in line for line in lines[1:-1])
+    assert lines[0].split() == ["op", "cpu", "cuda", "triton", "ref"]
+    assert [line.split()[0] for line in lines[1 : len(TABLE) + 1]] == list(TABLE)
+    assert all("yes" in line for line in lines[1 : len(TABLE) + 1])
+    for name in BACKENDS:
+        assert (missing(name) is None) != any(line.startswith(f"{name} cannot run here: ") for line in lines)
     assert (
         lines[-1].startswith("instruction set: ") and "available: " in lines[-1] and "baseline" in lines[-1]
     )

@@ -29,8 +29,8 @@ FLOORS = (
     ("methods",),
     ("ops",),
     ("backends",),
-    ("native", "check", "ref"),
-    ("_C", "cut"),
+    ("native", "cuda", "check", "ref"),
+    ("_C", "_cuda", "cut", "grouping"),
 )
 """From the top down; a module may import from its own floor and those below. "engine": the rest of it."""
 
@@ -59,7 +59,7 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 def is_module(name: str) -> bool:
     """Whether the package holds such a module or folder."""
     path = ROOT / "pykernels" / Path(*name.split("."))
-    return name == "_C" or path.is_dir() or path.with_suffix(".py").is_file()
+    return name in {"_C", "_cuda"} or path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def floor(module: str) -> int:

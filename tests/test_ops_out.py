@@ -124,7 +124,7 @@ def test_forced_backends():
         assert backends.call("ties_merge", x).__module__ == "pykernels.ref.blocks"
     assert backends.call("ties_merge", x).__module__ == "pykernels.native"
     assert backends.call("ties_merge", x.double()).__module__ == "pykernels.ref.blocks"
-    with pytest.raises(ValueError, match="known backends are cpu, ref, got 'gpu'"), pk.use_backend("gpu"):
+    with pytest.raises(ValueError, match="known backends are cpu, cuda, triton, ref, got 'gpu'"), pk.use_backend("gpu"):
         pass
     with pk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu was forced and does not run on meta"):
         backends.call("ties_merge", x.to("meta"))
@@ -132,11 +132,12 @@ def test_forced_backends():
 
 def test_every_row_of_the_table_names_a_function():
     for op, row in backends.grid():
-        assert set(row) == {"cpu", "ref"}
+        assert set(row) == set(backends.BACKENDS)
         for name, state in row.items():
             if state == "yes":
+                place = torch.device(backends._runs_on(name) or "cpu")
                 with pk.use_backend(name):
-                    assert callable(backends.call(op, torch.ones(1)))
+                    assert callable(backends.call(op, torch.ones(1, device=place)))
 
 
 @FREE
@@ -195,5 +196,5 @@ def test_environment_variables():
     last = native.isas()[-1]
     said = child(PYKERNELS_BACKEND="ref", PYKERNELS_ISA=last)
     assert said == f"[0.0, 0.0, 3.0]\npykernels.ref.blocks {last}\n"
-    assert "known backends are cpu, ref, got 'gpu'" in child(PYKERNELS_BACKEND="gpu")
+    assert "known backends are cpu, cuda, triton, ref, got 'gpu'" in child(PYKERNELS_BACKEND="gpu")
     assert "got 'mmx'" in child(PYKERNELS_ISA="mmx")

@@ -1,0 +1,72 @@
+"""Many small tensors in a few launches: jobs of one kind wait for each other and run together.
+
+A kernel that takes a table of tensors costs one launch whatever their number. Backends submit their jobs
+here; outside a group each runs at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+SMALL = 1 << 22
+"""Elements up to which a tensor waits for others: a larger one outlasts its own launches."""
+WAITING = 1 << 25
+"""Elements that wait at the most, which bounds the scratch memory of a group's selections."""
+
+Job = TypeVar("Job")
+Run = Callable[[list[Job]], None]
+
+
+class Group:
+    """Jobs in the order given, by what one launch must have in common."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[Callable[..., None], Hashable], list[object]] = {}
+        self._elements = 0
+
+    def add(self, run: Callable[..., None], key: Hashable, job: object, elements: int) -> None:
+        """Keep ``job``; run all that wait when they have become many."""
+        self._waiting.setdefault((run, key), []).append(job)
+        self._elements += elements
+        if self._elements >= WAITING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Run all that wait, the kind that came first first."""
+        waiting, self._waiting, self._elements = self._waiting, {}, 0
+        for (run, _), jobs in waiting.items():
+            run(jobs)
+
+
+_group: ContextVar[Group | None] = ContextVar("pykernels_group", default=None)
+
+
+@contextmanager
+def grouped() -> Iterator[None]:
+    """Let small merges inside the block share launches; their outputs are filled when the block ends.
+
+    No merge inside may read what another one inside writes. On the CPU, and for whatever a backend does not
+    submit, nothing changes. A block inside a block belongs to the outer one.
+    """
+    if _group.get() is not None:
+        yield
+        return
+    group = Group()
+    token = _group.set(group)
+    try:
+        yield
+        group.flush()
+    finally:
+        _group.reset(token)
+
+
+def submit(run: Run[Job], key: Hashable, job: Job, elements: int) -> None:
+    """Run ``job`` alone at once, or with others of its ``key`` later, when inside a group and small."""
+    group = _group.get()
+    if group is None or elements > SMALL:
+        run([job])
+    else:
+        group.add(run, key, job, elements)
