@@ -106,6 +106,14 @@ void l1_norms(uintptr_t sums, int dtype, uintptr_t base, const Addresses& tuned,
   pk::l1_norms(task, static_cast<double*>(at_mutable(sums)));
 }
 
+void dot_products(uintptr_t sums, int grad_dtype, uintptr_t grad, int dtype, uintptr_t base,
+                  const Addresses& tuned, int64_t numel, int threads) {
+  const Tensors t(dtype, base, tuned, numel);
+  py::gil_scoped_release release;
+  pk::dot_products(task_of(t, 0, pk::kF32, {}, threads), grad_dtype, at(grad),
+                   static_cast<double*>(at_mutable(sums)));
+}
+
 std::pair<Words, Counts> kth_magnitude(int dtype, uintptr_t base, const Addresses& tuned, int64_t numel,
                                        const Counts& k, int threads) {
   const Tensors t(dtype, base, tuned, numel);
@@ -165,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("ties_fused", &ties_fused);
   m.def("dare_merge", &dare_merge);
   m.def("l1_norms", &l1_norms);
+  m.def("dot_products", &dot_products);
   m.def("kth_magnitude", &kth_magnitude);
   m.def("magnitude_histogram", &magnitude_histogram);
   m.def("elect_sign", &elect_sign);

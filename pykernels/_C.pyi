@@ -73,6 +73,16 @@ def l1_norms(
     offset: int,
     threads: int,
 ) -> None: ...
+def dot_products(
+    sums: int,
+    grad_dtype: int,
+    grad: int,
+    dtype: int,
+    base: int,
+    tuned: list[int],
+    numel: int,
+    threads: int,
+) -> None: ...
 def kth_magnitude(
     dtype: int, base: int, tuned: list[int], numel: int, k: list[int], threads: int
 ) -> tuple[list[int], list[int]]: ...

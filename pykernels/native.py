@@ -202,6 +202,13 @@ def l1_norms(
     return sums
 
 
+def dot_products(grad: torch.Tensor, base: torch.Tensor | None, tuned: Tensors) -> torch.Tensor:
+    """Sums [blocks, n] in float64 of grad * delta per block of 4096 elements."""
+    sums = torch.empty(-(-tuned[0].numel() // 4096), len(tuned), dtype=torch.float64)
+    _C.dot_products(sums.data_ptr(), CODES[grad.dtype], grad.data_ptr(), *_inputs(base, tuned), threads())
+    return sums
+
+
 def elect_sign(out: torch.Tensor, deltas: Tensors, weight: list[float], elect: str) -> None:
     """+1 or -1 per element."""
     code, _, addresses, numel = _inputs(None, deltas)

@@ -11,6 +11,7 @@ import torch
 from pykernels.cut import Cut
 from pykernels.ref.dare_merge import dare_merge
 from pykernels.ref.delta import delta
+from pykernels.ref.dot_products import dot_products
 from pykernels.ref.drop_rescale import dropped
 from pykernels.ref.elect_sign import elect_sign
 from pykernels.ref.l1_norms import l1_norms
@@ -145,6 +146,16 @@ def test_l1_norms_are_the_same_bits(case, isa):
     wanted = l1_norms(base, tuned, threshold, model, key, case.offset)
     assert got.shape == (-(-case.numel // 4096), case.models, 2)
     assert torch.equal(got.nan_to_num(-1), wanted.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=cases.SHORT.get)
+@pytest.mark.parametrize("case", [c for c in cases.table() if c.op == "linear_merge"], ids=str)
+def test_dot_products_are_the_same_bits(case, grad_dtype, isa):
+    base, tuned = case.inputs()
+    grad = make("wide", case.numel, 1, grad_dtype)[1][0]
+    got = native.dot_products(grad, base, tuned)
+    assert got.shape == (-(-case.numel // 4096), case.models)
+    assert torch.equal(got.nan_to_num(-1), dot_products(grad, base, tuned).nan_to_num(-1))
 
 
 @pytest.mark.parametrize("elect", ["weighted", "plain"])

@@ -74,6 +74,7 @@ def every_kernel(numel: int, dtype: torch.dtype, place: Place, out_place: Place)
     native.elect_sign(results["elect"], tuned, weight, "weighted")
     results["kth"] = torch.tensor([*cut.key, *cut.last])
     results["l1"] = native.l1_norms(base, tuned, *masks, 4096)
+    results["dots"] = native.dot_products(tuned[1], base, tuned)
     results["bins"] = native.magnitude_histogram(base, tuned, 16, None)
     results["nonfinite"] = torch.tensor(native.count_nonfinite(base))
     return results

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pykernels.cut import KEEP_ALL_EQUALS, Cut
+from pykernels.ref.dot_products import dot_products
 from pykernels.ref.elect_sign import elect_sign
 from pykernels.ref.kth_magnitude import kth_magnitude
 from pykernels.ref.l1_norms import l1_norms
@@ -211,17 +212,34 @@ def test_deltas_are_rounded_to_float32_and_products_are_not():
     assert linear_merge(None, [one(3.0)], [1 / 3]).tolist() == [3 * third.double().item()]
 
 
-def test_l1_norms_add_in_the_fixed_order():
-    base, [tuned] = make("wide", 4096 + 100, 1, torch.float32)
-    delta = (tuned - base).abs().tolist()
+def sums_by_hand(terms):
+    """Python floats added as the fixed tree adds: sixteen lanes per block of 4096, then neighbours."""
     sums = []
-    for block in (delta[:4096], delta[4096:]):
+    for start in range(0, len(terms), 4096):
         lanes = [0.0] * 16
-        for i, x in enumerate(block):
+        for i, x in enumerate(terms[start : start + 4096]):
             lanes[i % 16] += x
         while len(lanes) > 1:
             lanes = [lanes[i] + lanes[i + 1] for i in range(0, len(lanes), 2)]
         sums.append(lanes[0])
+    return sums
+
+
+def test_l1_norms_add_in_the_fixed_order():
+    base, [tuned] = make("wide", 4096 + 100, 1, torch.float32)
+    sums = sums_by_hand((tuned - base).abs().tolist())
     got = l1_norms(base, [tuned, tuned], [65536, 0], [0, 1], 1)
     assert got[:, 0].tolist() == [[s, s] for s in sums]
     assert got[:, 1].tolist() == [[s, 0.0] for s in sums]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dot_products_add_in_the_fixed_order(dtype):
+    base, tuned = make("wide", 4096 + 100, 2, dtype)
+    base, grad = tuned[0] / 3, tuned[1].flip(0).to(torch.float16).nan_to_num()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    deltas = [(t.to(wide) - base.to(wide)).tolist() for t in tuned]
+    wanted = [sums_by_hand([g * x for g, x in zip(grad.tolist(), d, strict=True)]) for d in deltas]
+    assert dot_products(grad, base, tuned).T.tolist() == wanted
+    alone = sums_by_hand([g * x for g, x in zip(grad.tolist(), tuned[0].tolist(), strict=True)])
+    assert dot_products(grad, None, tuned)[:, 0].tolist() == alone

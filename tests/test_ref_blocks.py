@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pykernels.ref import blocks
 from pykernels.ref.dare_merge import dare_merge
 from pykernels.ref.delta import delta, key
+from pykernels.ref.dot_products import dot_products
 from pykernels.ref.drop_rescale import drop_rescale
 from pykernels.ref.elect_sign import elect_sign
 from pykernels.ref.kth_magnitude import kth_magnitude
@@ -117,6 +118,8 @@ def test_norms_and_signs_over_blocks(small_blocks):
     masks = ([20_000, 0, 65536], [4, 1, 0], 2**63 + 1)
     assert torch.equal(blocks.l1_norms(base, tuned, *masks, 8192), l1_norms(base, tuned, *masks, 8192))
     assert blocks.l1_norms(base[:0], [t[:0] for t in tuned], *masks).shape == (0, 3, 2)
+    assert torch.equal(blocks.dot_products(tuned[0], base, tuned), dot_products(tuned[0], base, tuned))
+    assert blocks.dot_products(base[:0], None, [t[:0] for t in tuned]).shape == (0, 3)
     signs = torch.zeros(NUMEL, dtype=torch.int8)
     blocks.elect_sign(signs, tuned, [1.0, 0.5, -1.0], "weighted")
     assert torch.equal(signs.double(), elect_sign(tuned, [1.0, 0.5, -1.0], "weighted"))

@@ -3,6 +3,7 @@
 // are drawn in registers. l1_norms reads (n + 1) * numel * sizeof(T) and writes 16 * n bytes per block of
 // 4096 elements.
 #include "merge_loop.h"
+#include "tree.h"
 
 namespace pk::cpu::PK_ISA {
 
@@ -13,14 +14,6 @@ void dare_merge(const Merge& job, int combine, int64_t begin, int64_t end) {
 }
 
 namespace {
-
-constexpr int kTree = 16;  // interleaved lanes of a block's sums
-
-double tree(double* lane) {
-  for (int width = kTree / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; l++) lane[l] = lane[2 * l] + lane[2 * l + 1];
-  return lane[0];
-}
 
 /// Sums of |delta| and kept |delta| of one block (at most 4096 elements) of one model.
 template <class T>

@@ -65,6 +65,8 @@ struct Kernels {
   void (*ties_fused)(const Merge&, int combine, Band*, Records*, int64_t begin, int64_t end);
   void (*dare_merge)(const Merge&, int combine, int64_t begin, int64_t end);
   void (*l1_norms)(const Merge&, double* sums, int64_t begin, int64_t end);
+  void (*dot_products)(const Merge&, int grad_dtype, const void* grad, double* sums, int64_t begin,
+                       int64_t end);
   void (*count_band)(int dtype, const void* base, Band*, int n, int64_t begin, int64_t end);
   void (*gather_keys)(int dtype, const void* base, const void* data, const int64_t* starts, int64_t groups,
                       uint32_t* keys);

@@ -9,6 +9,7 @@ void ties_merge(const Merge&, int, int64_t, int64_t);
 void ties_fused(const Merge&, int, Band*, Records*, int64_t, int64_t);
 void dare_merge(const Merge&, int, int64_t, int64_t);
 void l1_norms(const Merge&, double*, int64_t, int64_t);
+void dot_products(const Merge&, int, const void*, double*, int64_t, int64_t);
 void count_band(int, const void*, Band*, int, int64_t, int64_t);
 void gather_keys(int, const void*, const void*, const int64_t*, int64_t, uint32_t*);
 int64_t band_of_records(int, const Records&, int, uint32_t, uint32_t, uint32_t*, uint32_t*);
@@ -27,10 +28,10 @@ void ideal(void*, const void* const*, int, int64_t, int64_t);
 
 extern const Kernels PK_JOIN(kernels_, PK_ISA);
 const Kernels PK_JOIN(kernels_, PK_ISA) = {
-    PK_TEXT(PK_ISA),         PK_ISA::linear_merge, PK_ISA::ties_merge, PK_ISA::ties_fused,
-    PK_ISA::dare_merge,      PK_ISA::l1_norms,     PK_ISA::count_band, PK_ISA::gather_keys,
-    PK_ISA::band_of_records, PK_ISA::histogram,    PK_ISA::nth_equal,  PK_ISA::elect_sign,
-    PK_ISA::count_nonfinite, PK_ISA::ideal,
+    PK_TEXT(PK_ISA),     PK_ISA::linear_merge,    PK_ISA::ties_merge,   PK_ISA::ties_fused,
+    PK_ISA::dare_merge,  PK_ISA::l1_norms,        PK_ISA::dot_products, PK_ISA::count_band,
+    PK_ISA::gather_keys, PK_ISA::band_of_records, PK_ISA::histogram,    PK_ISA::nth_equal,
+    PK_ISA::elect_sign,  PK_ISA::count_nonfinite, PK_ISA::ideal,
 };
 
 }  // namespace pk::cpu

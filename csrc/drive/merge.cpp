@@ -40,6 +40,15 @@ void l1_norms(const Task& task, double* sums) {
   });
 }
 
+void dot_products(const Task& task, int grad_dtype, const void* grad, double* sums) {
+  const Job job(task);
+  const int64_t blocks = (task.in.numel + cpu::kBlock - 1) / cpu::kBlock;
+  parallel_chunks(blocks, task.threads, [&](int64_t b, int) {
+    kernels().dot_products(job.merge, grad_dtype, grad, sums + b * task.in.n, b * cpu::kBlock,
+                           std::min(task.in.numel, (b + 1) * cpu::kBlock));
+  });
+}
+
 void elect_sign(int8_t* out, const Task& task) {
   const Job job(task);
   parallel_chunks(job.chunks(), task.threads, [&](int64_t c, int) {

@@ -30,6 +30,8 @@ void ties_merge(const Task& task, const std::vector<Cut>& cuts);
 void ties_fused(const Task& task, const int64_t* k, bool keep_equals);
 /// Sums [blocks][n][2] of |delta| and kept |delta|, per block of 4096 elements.
 void l1_norms(const Task& task, double* sums);
+/// Sums [blocks][n] of grad * delta, per block of 4096 elements; grad has a dtype of its own.
+void dot_products(const Task& task, int grad_dtype, const void* grad, double* sums);
 void elect_sign(int8_t* out, const Task& task);
 
 }  // namespace pk

@@ -12,6 +12,7 @@ import torch
 
 from pykernels.cut import Cut
 from pykernels.ref import dare_merge as _dare_merge
+from pykernels.ref import dot_products as _dot_products
 from pykernels.ref import drop_rescale as _drop_rescale
 from pykernels.ref import elect_sign as _elect_sign
 from pykernels.ref import l1_norms as _l1_norms
@@ -19,6 +20,7 @@ from pykernels.ref import linear_merge as _linear_merge
 from pykernels.ref import magnitude_histogram as _histogram
 from pykernels.ref import ties_merge as _ties_merge
 from pykernels.ref import trim as _trim
+from pykernels.ref.block_sums import BLOCK
 from pykernels.ref.delta import delta as _delta
 from pykernels.ref.delta import key as _key
 from pykernels.ref.kth_magnitude import kth_magnitude as _kth_magnitude
@@ -27,7 +29,6 @@ from pykernels.ref.rounding import round_once
 
 LARGEST = 2**20
 SORTED = 2**16  # up to here sorting all keys beats counting them into as many bins
-L1_BLOCK = _l1_norms.BLOCK
 DIGIT = 16
 
 Tensors = Sequence[torch.Tensor]
@@ -121,6 +122,15 @@ def l1_norms(
     return torch.cat(sums)
 
 
+def dot_products(grad: torch.Tensor, base: torch.Tensor | None, tuned: Tensors) -> torch.Tensor:
+    """Sums [blocks, n] in float64 of grad * delta per block of 4096 elements."""
+    flat = grad.view(-1)
+    sums = [tuned[0].new_empty(0, len(tuned), dtype=torch.float64)]
+    for start, b, t in _blocks(base, tuned):
+        sums.append(_dot_products.dot_products(flat[start : start + t[0].numel()], b, t))
+    return torch.cat(sums)
+
+
 def magnitude_histogram(
     base: torch.Tensor | None, tuned: Tensors, shift: int, prefix: list[int] | None
 ) -> torch.Tensor:
@@ -167,7 +177,7 @@ def _nth_equal(base: torch.Tensor | None, tuned: torch.Tensor, key: int, n: int)
 def _blocks(base: torch.Tensor | None, tuned: Tensors) -> Iterator[Block]:
     """(start, base or None, tuned) of every block; starts are multiples of 4096."""
     numel = tuned[0].numel()
-    step = max(L1_BLOCK, LARGEST // len(tuned) // L1_BLOCK * L1_BLOCK)
+    step = max(BLOCK, LARGEST // len(tuned) // BLOCK * BLOCK)
     flat = None if base is None else base.view(-1)
     flats = [t.view(-1) for t in tuned]
     for start in range(0, numel, step):
