@@ -58,6 +58,7 @@ _HUGE = 1 << 20
 ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref")}
 """What ``auto`` tries per device, for every op alike until a committed measurement says otherwise."""
 BACKENDS = ("cpu", "cuda", "triton", "ref")
+DEVICE_SIDE = ("cuda", "triton")
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 _forced: ContextVar[str | None] = ContextVar(
@@ -124,7 +125,7 @@ def _function(op: str, backend: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _automatic(op: str, device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+def _automatic(op: str, device: str, dtype: torch.dtype) -> str | None:
     reasons = []
     for backend in ORDER.get(device, ("ref",)):
         if backend not in TABLE[op] or (backend != "ref" and dtype not in NATIVE_DTYPES):
@@ -134,7 +135,7 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> Callable[..., Any] |
             continue
         if backend == "ref" and reasons:
             _warn_once(device, "; ".join(reasons))
-        return _function(op, backend)
+        return backend
     return None
 
 
@@ -149,8 +150,8 @@ def _warn_once(device: str, why: str) -> None:
     )
 
 
-def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:
-    """The function that runs ``op`` on tensors such as ``like``, or None where no backend has this op.
+def chosen(op: str, like: torch.Tensor) -> str | None:
+    """The backend that runs ``op`` on tensors such as ``like``, or None where no backend has this op.
 
     float64 always goes to the reference: no kernel computes in it.
     """
@@ -162,7 +163,13 @@ def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:
         raise RuntimeError(
             f"{op}: backend {forced} was forced and does not run on {like.device.type} tensors"
         )
-    return _function(op, forced) if forced in TABLE[op] else None
+    return forced if forced in TABLE[op] else None
+
+
+def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:
+    """The function that runs ``op`` on tensors such as ``like``, or None where no backend has this op."""
+    backend = chosen(op, like)
+    return None if backend is None else _function(op, backend)
 
 
 def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
@@ -171,6 +178,15 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
     if function is None:
         raise RuntimeError(f"{op}: no backend has it for {like.dtype} on {like.device.type}")
     return function
+
+
+def device_side(op: str, like: torch.Tensor) -> bool:
+    """Whether the kernels of ``op`` read weights, lambda and cuts from the device's memory.
+
+    Such a backend takes tensors for them, which the host need not wait for, and its fused forms take an
+    ``out`` that is an input.
+    """
+    return chosen(op, like) in DEVICE_SIDE
 
 
 def output(
