@@ -63,6 +63,16 @@ def grouped() -> Iterator[None]:
         _group.reset(token)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let jobs inside the block run at once, group or not: their results are needed."""
+    token = _group.set(None)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
 def submit(run: Run[Job], key: Hashable, job: Job, elements: int) -> None:
     """Run ``job`` alone at once, or with others of its ``key`` later, when inside a group and small."""
     group = _group.get()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -10,11 +10,7 @@ import torch
 
 from pykernels import _C
 from pykernels.cut import Cut
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-COMBINE = {None: 0, "weighted": 1, "plain": 2}
-_NONE_KEPT = 0xFFFFFFFF
-_PIECE = 1 << 18
+from pykernels.rows import CODES, COMBINE, NONE_KEPT, through_float32
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 
@@ -67,7 +63,7 @@ def _inputs(base: torch.Tensor | None, tuned: Tensors) -> tuple[int, int, list[i
 def linear_merge(out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, weight: list[float]) -> None:
     """out = base + sum(weight * (tuned - base)), or sum(weight * tuned) without a base."""
     if out.dtype not in CODES:
-        return _through_float32(linear_merge, out, base, tuned, weight)
+        return through_float32(linear_merge, out, base, tuned, weight)
     _C.linear_merge(out.data_ptr(), CODES[out.dtype], *_inputs(base, tuned), weight, threads())
 
 
@@ -102,10 +98,10 @@ def ties_merge(
 ) -> None:
     """Trim by known cuts, elect, average: one pass."""
     if out.dtype not in CODES:
-        return _through_float32(
+        return through_float32(
             ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset
         )
-    key = [min(k, _NONE_KEPT) for k in cut.key]
+    key = [min(k, NONE_KEPT) for k in cut.key]
     _C.ties_merge(
         out.data_ptr(),
         CODES[out.dtype],
@@ -136,7 +132,7 @@ def ties_fused(
 ) -> None:
     """Selection and merge in one pass over memory; ``out`` must share no memory with the inputs."""
     if out.dtype not in CODES:
-        return _through_float32(ties_fused, out, base, tuned, k, tie, weight, vote, share, lambda_, elect)
+        return through_float32(ties_fused, out, base, tuned, k, tie, weight, vote, share, lambda_, elect)
     _C.ties_fused(
         out.data_ptr(),
         CODES[out.dtype],
@@ -168,7 +164,7 @@ def dare_merge(
 ) -> None:
     """Drop by stateless draws, then add up or elect and average: one pass."""
     if out.dtype not in CODES:
-        return _through_float32(
+        return through_float32(
             dare_merge, out, base, tuned, threshold, model, key, weight, vote, share, lambda_, elect, offset
         )
     _C.dare_merge(
@@ -245,11 +241,3 @@ def advise_huge(tensor: torch.Tensor) -> None:
     """Ask for huge pages behind a fresh tensor."""
     _C.advise_huge(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
-
-def _through_float32(function: Callable[..., None], out: torch.Tensor, *args: object) -> None:
-    """float64 outputs of narrower inputs: the float32 result, in the back half of ``out``, widened."""
-    flat = out.view(-1)
-    narrow = flat.view(torch.float32)[flat.numel() :]
-    function(narrow.view(out.shape), *args)
-    for start in range(0, flat.numel(), _PIECE):  # front to back: never over what is still to be read
-        flat[start : start + _PIECE] = narrow[start : start + _PIECE].clone()

@@ -30,6 +30,7 @@ FLOORS = (
     ("ops",),
     ("backends",),
     ("native", "cuda", "check", "ref"),
+    ("rows",),
     ("_C", "_cuda", "cut", "grouping"),
 )
 """From the top down; a module may import from its own floor and those below. "engine": the rest of it."""
