@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from pykernels.ops.dare_merge import DarePass, dare_pass
-from pykernels.ops.kth_magnitude import KthStatistic
+from pykernels.ops.kth_statistic import KthStatistic
 from pykernels.ops.linear_merge import linear_pass
 from pykernels.ops.task_arithmetic import arithmetic_pass
 from pykernels.ops.ties_merge import ties_pass, ties_whole, trims
@@ -49,6 +49,8 @@ class Method:
     needs_base: bool
     model_parameters: Mapping[str, Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    op: ClassVar[str]
+    """The op whose kernels merge."""
 
     def statistic(self, p: Params, numel: int) -> Statistic | None:
         """The pass that must see the whole scope (``numel`` elements) first, or None."""
@@ -72,6 +74,8 @@ class Method:
 class Linear(Method):
     """out = sum(weight * tensor) / sum(weight)."""
 
+    op = "linear_merge"
+
     def merge(
         self, p: Params, out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, offset: int, stats: Any
     ) -> None:
@@ -82,6 +86,8 @@ class Linear(Method):
 class TaskArithmetic(Method):
     """out = base + lambda * sum(weight * delta)."""
 
+    op = "task_arithmetic"
+
     def merge(
         self, p: Params, out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, offset: int, stats: Any
     ) -> None:
@@ -91,6 +97,8 @@ class TaskArithmetic(Method):
 
 class Ties(Method):
     """Trim by magnitude, elect the sign, average those who agree."""
+
+    op = "ties_merge"
 
     def statistic(self, p: Params, numel: int) -> Statistic | None:
         """The exact k-th magnitude per model, unless nothing is trimmed."""
@@ -120,6 +128,7 @@ class Dare(Method):
     """Drop at random, rescale, then add up (``consensus`` None) or elect and average ("ties")."""
 
     consensus: str | None = None
+    op: ClassVar[str] = "dare_merge"
 
     def _pass(self, p: Params) -> DarePass:
         return dare_pass(

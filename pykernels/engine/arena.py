@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections import deque
 from threading import Condition
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class Arena:
 
     def __init__(self, nbytes: int) -> None:
         self.size = -(-nbytes // HUGE) * HUGE
-        self._map = mmap.mmap(-1, self.size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map: Any = mmap.mmap(-1, self.size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % HUGE
@@ -30,6 +31,16 @@ class Arena:
         """``nbytes`` bytes from ``at`` on as a 1-D tensor of ``dtype``, at any alignment."""
         count = nbytes // dtype.itemsize
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + at)
+
+
+class PinnedArena(Arena):
+    """A ring in memory that devices copy to directly; ``memory``: uint8, from a page's beginning on."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.size = memory.numel()
+        self._map = memory.numpy()
+        self._start = 0
+        self.view = memoryview(self._map)
 
 
 class InFlight:

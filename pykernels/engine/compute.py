@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
 from typing import Any, Protocol
 
 import torch
 
+from pykernels.engine.arena import Arena
 from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.mapped import Inputs
-from pykernels.engine.units import Output, Plan, Source
-from pykernels.methods import METHODS, Method, Params, Statistic
+from pykernels.engine.passes import BLOCK, chunks, common_dtype, input_width, merge_whole, model_statistic
+from pykernels.engine.units import Output, Plan
+from pykernels.methods import METHODS, Method, Statistic
 
-BLOCK = 4096
-"""Elements; chunks start at multiples of it: statistics and random draws are defined on such blocks."""
 CHUNK_BYTES = 8 << 20
 MIN_MEMORY = 1_000_000
 LEAST_WHOLE = 32 << 20
@@ -46,8 +45,7 @@ class Budget:
         The ring then holds two of the largest, so that one is computed while the other is written.
         Raises ValueError for less memory than the smallest chunks need.
         """
-        if memory < MIN_MEMORY:
-            raise ValueError(f"memory must be at least {MIN_MEMORY} bytes, got {memory}")
+        check_memory(memory)
         method = METHODS[plan.method]
         merged = [out for out in plan.outputs if out.action == "merge"]
         scratch = max((method.scratch(o.numel, len(o.tuned)) for o in merged), default=0)
@@ -57,6 +55,12 @@ class Budget:
         whole = room if scratch and room > 0 else 0
         largest = max((out.nbytes for out in merged if out.nbytes <= whole), default=0)
         return Budget(chunk, whole, max(4 * chunk, 2 * largest + 2 * BLOCK))
+
+
+def check_memory(memory: int) -> None:
+    """Raise ValueError for less than the smallest chunks need."""
+    if memory < MIN_MEMORY:
+        raise ValueError(f"memory must be at least {MIN_MEMORY} bytes, got {memory}")
 
 
 class Compute:
@@ -71,17 +75,25 @@ class Compute:
         self._model_stats: Any = None
         self._wide: list[torch.Tensor] = []
 
+    def arena(self) -> Arena:
+        """Memory to write outputs from."""
+        return Arena(self._budget.ring)
+
+    def reads(self) -> Sequence[Output]:
+        """What is read on the calling thread, in this order."""
+        return self._plan.outputs
+
+    def close(self) -> None:
+        """Let go of the memory that widened inputs are kept in."""
+        self._wide.clear()
+
     def survey(self) -> None:
         """Scope "model": the passes over all merged tensors that must come before the first is merged."""
-        segment = self._plan.segment() if self._plan.scope == "model" else []
-        if not segment:
-            return
-        total = sum(out.numel for out in segment)
-        statistic = self._method.statistic(segment[0].params, total)
+        statistic = model_statistic(self._plan)
         if statistic is None:
             return
         while not statistic.done:
-            for out in segment:
+            for out in self._plan.segment():
                 self._observe(statistic, out, out.flat or 0)
                 for source in out.sources:
                     self._inputs.drop(source)
@@ -120,11 +132,11 @@ class Compute:
             return
         if statistic is not None:
             stats = self._stats(statistic, out)
-        for first, count in _chunks(out.numel, step):
+        for first, count in chunks(out.numel, step):
             target = sink.reserve(count * dtype.itemsize, dtype, index, last=first + count == out.numel)
             base, tuned = self._tensors(out, first, count)
             method.merge(p, target, base, tuned, first, stats)
-            self._done(count * (dtype.itemsize + self._width(out)), out.name)
+            self._done(count * (dtype.itemsize + input_width(out)), out.name)
 
     def _stats(self, statistic: Statistic, out: Output) -> Any:
         while not statistic.done:
@@ -136,12 +148,9 @@ class Compute:
         """Show all of ``out`` to a statistic of which it begins at flat index ``start``."""
         # Mapped inputs cost no memory: one chunk for the whole tensor lets the selection finish in one round.
         step = self._exact(out) if self._exact(out) < out.numel else max(out.numel, 1)
-        for first, count in _chunks(out.numel, step):
+        for first, count in chunks(out.numel, step):
             base, tuned = self._tensors(out, first, count)
             statistic.update(base, tuned, start + first)
-
-    def _width(self, out: Output) -> int:
-        return sum(TORCH_DTYPE[source.dtype].itemsize for source in out.sources)
 
     def _step(self, out: Output) -> int:
         """Elements per chunk of the merge pass."""
@@ -152,13 +161,13 @@ class Compute:
         """Elements that inputs can give at once: all of them, or what fits where they are first widened."""
         if len({source.dtype for source in out.sources}) == 1:
             return out.numel
-        fit = self._budget.chunk * 2 // (_common(out.sources).itemsize * len(out.sources))
+        fit = self._budget.chunk * 2 // (common_dtype(out.sources).itemsize * len(out.sources))
         return max(BLOCK, fit // BLOCK * BLOCK)
 
     def _tensors(self, out: Output, first: int, count: int) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Base and tuned chunks in one dtype: aliases of the files, or widened where dtypes differ."""
         read = [self._inputs.elements(source, first, count) for source in out.sources]
-        common = _common(out.sources)
+        common = common_dtype(out.sources)
         if any(chunk.dtype != common for chunk in read):
             read = [self._widened(i, chunk, common) for i, chunk in enumerate(read)]
         return (read[0], read[1:]) if out.base else (None, read)
@@ -170,37 +179,3 @@ class Compute:
         if self._wide[place].numel() < need:
             self._wide[place] = torch.empty(need, dtype=torch.uint8)
         return self._wide[place][:need].view(dtype).copy_(chunk)
-
-
-def merge_whole(
-    method: Method,
-    p: Params,
-    out: torch.Tensor,
-    base: torch.Tensor | None,
-    tuned: list[torch.Tensor],
-    statistic: Statistic | None = None,
-) -> None:
-    """A whole tensor at once: in the method's fused form where it has one, else statistic, then merge."""
-    statistic = statistic or method.statistic(p, out.numel())
-    if statistic is None:
-        method.merge(p, out, base, tuned, 0, None)
-    elif not method.whole(p, out, base, tuned):
-        while not statistic.done:
-            statistic.update(base, tuned, 0)
-            statistic.next_round()
-        method.merge(p, out, base, tuned, 0, statistic.finish())
-
-
-def _common(sources: tuple[Source, ...]) -> torch.dtype:
-    """The smallest dtype that holds every value of all sources exactly."""
-    return _promoted(frozenset(source.dtype for source in sources))
-
-
-@cache
-def _promoted(codes: frozenset[str]) -> torch.dtype:
-    return reduce(torch.promote_types, (TORCH_DTYPE[code] for code in sorted(codes)))
-
-
-def _chunks(numel: int, step: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, numel, step):
-        yield first, min(step, numel - first)

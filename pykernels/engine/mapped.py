@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -67,21 +68,23 @@ def check_identity(path: str, status: os.stat_result, identity: FileIdentity | N
 
 
 class Inputs:
-    """All input files of a plan; maps each on first use and keeps the latest few."""
+    """All input files of a plan; maps each on first use and keeps the latest few. Any thread may ask."""
 
     def __init__(self, identities: Mapping[str, FileIdentity]) -> None:
         self._identities = identities
         self._open: OrderedDict[str, MappedFile] = OrderedDict()
+        self._lock = Lock()
 
     def file(self, path: str) -> MappedFile:
         """The mapped file. Raises FileError when it changed since it was planned."""
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        if len(self._open) >= MAX_OPEN:
-            self._open.popitem(last=False)
-        mapped = self._open[path] = MappedFile(path, self._identities.get(path))
-        return mapped
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+            if len(self._open) >= MAX_OPEN:
+                self._open.popitem(last=False)
+            mapped = self._open[path] = MappedFile(path, self._identities.get(path))
+            return mapped
 
     def elements(self, source: Source, first: int, count: int) -> torch.Tensor:
         """``count`` elements of a source from flat index ``first`` on, 1-D, aliasing the file."""
@@ -95,7 +98,7 @@ class Inputs:
         return self.file(source.file).tensor(start, start + count, torch.uint8)
 
     def drop(self, source: Source) -> None:
-        """The source was used up. Any thread may say so."""
+        """The source was used up."""
         mapped = self._open.get(source.file)
         if mapped is not None:
             mapped.drop(source.start, source.end)

@@ -11,9 +11,10 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from threading import Condition, Thread
+from typing import Protocol
 
 from pykernels.engine.mapped import Inputs
-from pykernels.engine.units import Output, Source
+from pykernels.engine.units import Source
 
 WINDOW = 512 << 20
 """Bytes of input that may be on their way ahead of the computation."""
@@ -22,23 +23,31 @@ NEWS = 16 << 20
 """Bytes of input behind which the thread is woken: once per small tensor would slow the computation down."""
 
 
-class Prefetcher:
-    """Asks the system for the sources of coming outputs, at most ``WINDOW`` bytes ahead of ``advance``."""
+class Reads(Protocol):
+    """What is read at one time: an output's inputs, or what goes to a device together."""
 
-    def __init__(self, outputs: Sequence[Output], inputs: Inputs) -> None:
-        self._outputs = outputs
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The bytes of files that are read."""
+
+
+class Prefetcher:
+    """Asks the system for the sources of what comes, at most ``WINDOW`` bytes ahead of ``advance``."""
+
+    def __init__(self, coming: Sequence[Reads], inputs: Inputs) -> None:
+        self._coming = coming
         self._inputs = inputs
         self._used = self._fresh = 0
-        self._behind: deque[Output] = deque()
+        self._behind: deque[Reads] = deque()
         self._stopped = False
         self._changed = Condition()
         self._thread = Thread(target=self._run, name="pykernels-prefetch", daemon=True)
         self._thread.start()
 
-    def advance(self, output: Output) -> None:
-        """``output`` was computed."""
-        self._behind.append(output)
-        self._fresh += _size(output)
+    def advance(self, reads: Reads) -> None:
+        """``reads`` is not needed again soon."""
+        self._behind.append(reads)
+        self._fresh += _size(reads)
         if self._fresh >= NEWS:
             with self._changed:
                 self._used, self._fresh = self._used + self._fresh, 0
@@ -52,7 +61,7 @@ class Prefetcher:
         self._thread.join()
 
     def _run(self) -> None:
-        ahead, asked = deque(self._outputs), 0
+        ahead, asked = deque(self._coming), 0
         with contextlib.suppress(OSError):  # reading itself will say what is wrong
             while not self._stopped:
                 seen = self._used
@@ -68,8 +77,8 @@ class Prefetcher:
                         self._changed.wait()
 
 
-def _size(output: Output) -> int:
-    return sum(source.nbytes for source in output.sources)
+def _size(reads: Reads) -> int:
+    return sum(source.nbytes for source in reads.sources)
 
 
 def _cached(source: Source) -> bool:

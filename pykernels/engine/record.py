@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from pykernels import __version__, backends
+from pykernels import __version__
 from pykernels.engine.files import FileError, open_regular, shown
 from pykernels.engine.shard import read_exactly
 from pykernels.engine.strict_json import strict_json
@@ -33,10 +33,12 @@ class Record:
     companions: dict[str, str]
 
 
-def record_text(plan: Plan, written: Mapping[int, Written], companions: Mapping[str, str]) -> str:
+def record_text(
+    plan: Plan, written: Mapping[int, Written], companions: Mapping[str, str], backend: str
+) -> str:
     """The record of a finished merge; ``written`` by output number (an output without bytes has no entry).
 
-    ``companions``: xxh3-128 of the small files beside the weights.
+    ``companions``: xxh3-128 of the small files beside the weights. ``backend``: whose kernels merged.
     """
     tensors = {}
     for number, out in enumerate(plan.outputs):
@@ -48,7 +50,8 @@ def record_text(plan: Plan, written: Mapping[int, Written], companions: Mapping[
     content = {
         "format": FORMAT,
         "versions": {"pykernels": __version__, "torch": torch.__version__},
-        **_backend(),
+        "backend": backend,
+        "isa": _isa() if backend == "cpu" else None,
         "seed": plan.seed,
         "recipe": plan.recipe,
         "tensors": tensors,
@@ -60,15 +63,10 @@ def record_text(plan: Plan, written: Mapping[int, Written], companions: Mapping[
     )  # a plan is plain data all the way down
 
 
-def _backend() -> dict[str, str | None]:
-    function = backends.call("linear_merge", torch.empty(0))
-    name = "ref" if function.__module__.startswith("pykernels.ref") else "cpu"
-    isa = None
-    if name == "cpu":
-        from pykernels import _C
+def _isa() -> str:
+    from pykernels import _C
 
-        isa = _C.isa()
-    return {"backend": name, "isa": isa}
+    return _C.isa()
 
 
 def read_record(out: Path) -> Record:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pykernels.engine.arena import Arena
 from pykernels.engine.collector import frozen
 from pykernels.engine.commit import publish, workplace
 from pykernels.engine.companions import CARD, INDEX, index_text, write_companions
-from pykernels.engine.compute import Budget, Compute
 from pykernels.engine.leftovers import foreign_weights
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.plan import make_plan
@@ -28,8 +26,10 @@ from pykernels.engine.recipe import Recipe, read_recipe
 from pykernels.engine.record import RECORD, file_digest, record_text
 from pykernels.engine.sizes import parse_size
 from pykernels.engine.state_dicts import merge_state_dicts
+from pykernels.engine.station import Busy
+from pykernels.engine.target import DeviceUse, Engine, Target, busy
 from pykernels.engine.units import Plan
-from pykernels.engine.writer import ShardWriter, Written
+from pykernels.engine.writer import ShardWriter
 
 __all__ = ["Progress", "Report", "merge", "merge_state_dicts", "parse_size"]
 
@@ -52,7 +52,7 @@ class Report:
 
     ``seconds``: from first header to last rename. ``read`` and ``written``: bytes. ``nonfinite``:
     how many elements are NaN or infinite, for every output tensor that has some. ``warnings``: what a user
-    should be told.
+    should be told. ``devices``: what a merge on devices took of each; ``busy``: how long its parts worked.
     """
 
     out: Path
@@ -63,6 +63,8 @@ class Report:
     written: int
     nonfinite: dict[str, int]
     warnings: tuple[str, ...]
+    devices: tuple[DeviceUse, ...] = ()
+    busy: Busy | None = None
 
     @property
     def tensors(self) -> int:
@@ -87,6 +89,8 @@ def merge(
     *,
     threads: int | None = None,
     memory: str | int = "2GB",
+    device: str = "cpu",
+    device_memory: str | int | None = None,
     shard_size: str | int = "5GB",
     seed: int | None = None,
     dry_run: bool = False,
@@ -102,7 +106,12 @@ def merge(
         recipe: a path, YAML text, a mapping or a Recipe.
         out: a new or empty directory; nothing in it is loadable before the merge is complete.
         threads: of the kernels; default ``torch.get_num_threads()``.
-        memory: bound on anonymous memory beside what Python and torch take ("2GB", or bytes).
+        memory: bound on anonymous memory beside what Python and torch take ("2GB", or bytes); pinned buffers
+            of devices are part of it.
+        device: "cpu", "cuda", or one or more such as "cuda:0,cuda:1". Tensors are dealt to devices by bytes;
+            the CPU merges float64 and copies what is not merged. Files have the bytes that the CPU writes,
+            unless no kernels but the references serve there (a warning says so).
+        device_memory: bound on the memory taken of every device, as ``memory``; default half of what is free.
         shard_size: bytes of tensors per output file, as ``memory``.
         seed: for methods that drop at random; default the recipe's.
         dry_run: plan and check everything, write nothing.
@@ -122,40 +131,45 @@ def merge(
     start = time.perf_counter()
     out = Path(out)
     budget_bytes, shard_bytes = parse_size(memory, "memory"), parse_size(shard_size, "shard_size")
+    target = Target(device, device_memory)
     plan = make_plan(read_recipe(recipe), shard_size=shard_bytes, seed=seed, allow_download=allow_download)
     check_place(plan, out, overwrite=overwrite)
-    budget = Budget.of(plan, budget_bytes)
+    budget, backend = target.budget(plan, budget_bytes), target.backend(plan)
     meter = _Meter(plan, progress)
     inputs = Inputs({path: i for model in plan.models for path, i in model.identities.items()})
     try:
         check_equal(plan, inputs)
-        warnings = plan.notes
+        warnings = (*plan.notes, *target.notes(plan))
         if other := foreign_weights(out):
             warnings = (*warnings, other)
         if planned is not None:
             planned(plan, warnings)
-        written: Mapping[int, Written] = {}
+        writer: ShardWriter | None = None
+        engine: Engine | None = None
         if not dry_run:
-            with _threads(threads):
-                written = _write(plan, out, inputs, meter, budget, durable)
+            with _threads(threads), closing(target.engine(plan, inputs, budget, meter.add)) as engine:
+                writer = _write(plan, out, inputs, engine, backend, durable)
     finally:
         inputs.close()
     meter.finish()
+    written = writer.written if writer else {}
     nonfinite = {plan.outputs[n].name: w.nonfinite for n, w in sorted(written.items()) if w.nonfinite}
     told = (*warnings, _nonfinite_text(nonfinite)) if nonfinite else warnings
     seconds = time.perf_counter() - start
-    return Report(out, plan, dry_run, seconds, plan.total_read, plan.total_write, nonfinite, told)
+    return Report(
+        out, plan, dry_run, seconds, plan.total_read, plan.total_write, nonfinite, told,
+        target.used(plan, engine), busy(engine, writer.busy if writer else 0.0),
+    )  # fmt: skip
 
 
 def _write(
-    plan: Plan, out: Path, inputs: Inputs, meter: _Meter, budget: Budget, durable: bool
-) -> Mapping[int, Written]:
-    compute = Compute(plan, inputs, budget, meter.add)
+    plan: Plan, out: Path, inputs: Inputs, compute: Engine, backend: str, durable: bool
+) -> ShardWriter:
     with workplace(plan, out) as folder:
         names = write_companions(plan, folder)
         compute.survey()
-        writer = ShardWriter(Arena(budget.ring), durable=durable)
-        prefetcher = Prefetcher(plan.outputs, inputs)
+        writer = ShardWriter(compute.arena(), durable=durable)
+        prefetcher = Prefetcher(compute.reads(), inputs)
         try:
             shard = -1
             for number, output in enumerate(plan.outputs):
@@ -177,11 +191,11 @@ def _write(
             names.append(INDEX)
         # A model card is there to be edited, so it is not held against its checksum later.
         companions = {name: file_digest(folder / name) for name in names if name != CARD}
-        text = record_text(plan, writer.written, companions)
+        text = record_text(plan, writer.written, companions, backend)
         (folder / RECORD).write_text(text, encoding="utf-8")
         names.append(RECORD)
         publish(plan, folder, out, names, durable=durable)
-        return writer.written
+        return writer
 
 
 def _next_shard(plan: Plan, shard: int, writer: ShardWriter, folder: Path) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from pykernels import check
-from pykernels.engine.compute import merge_whole
+from pykernels.engine.passes import merge_whole
 from pykernels.engine.settings import known, reader, shown
+from pykernels.grouping import grouped
 from pykernels.methods import METHODS, REQUIRED, Method, Params
 
 MERGEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -62,18 +63,19 @@ def merge_state_dicts(
     _check_names(models, titles)
     merged: dict[str, torch.Tensor] = {}
     tied: dict[Any, torch.Tensor] = {}
-    for name, first in models[0].items():
-        tensors = [model[name] for model in models]
-        _check_tensors(name, tensors, titles)
-        place = tuple((t.data_ptr(), t.dtype) for t in tensors) + tuple(first.shape)
-        if first.numel() and place in tied:
-            merged[name] = tied[place]
-        elif first.dtype in MERGEABLE:
-            merged[name] = tied[place] = _merge(
-                row, {**p, "seed": seed, "name": name}, tensors, base is not None
-            )
-        else:
-            merged[name] = tied[place] = _copied(name, tensors, titles)
+    with grouped():  # on a device small tensors share launches
+        for name, first in models[0].items():
+            tensors = [model[name] for model in models]
+            _check_tensors(name, tensors, titles)
+            place = tuple((t.data_ptr(), t.dtype) for t in tensors) + tuple(first.shape)
+            if first.numel() and place in tied:
+                merged[name] = tied[place]
+            elif first.dtype in MERGEABLE:
+                merged[name] = tied[place] = _merge(
+                    row, {**p, "seed": seed, "name": name}, tensors, base is not None
+                )
+            else:
+                merged[name] = tied[place] = _copied(name, tensors, titles)
     return merged
 
 

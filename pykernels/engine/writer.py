@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class ShardWriter:
 
     def __init__(self, arena: Arena, *, durable: bool = False) -> None:
         self.written: dict[int, Written] = {}
+        self.busy = 0.0  # seconds of hashing and writing
         self._arena = arena
         self._durable = durable
         self._flight = InFlight()
@@ -170,6 +172,7 @@ class ShardWriter:
 
     def _run(self) -> None:
         while (batch := self._queue.get()) is not None:
+            began = time.perf_counter()
             try:
                 if self._failure is None:
                     self._write(batch)
@@ -179,6 +182,7 @@ class ShardWriter:
             except BaseException as error:  # raised again on the calling thread
                 self._failure = error
             finally:
+                self.busy += time.perf_counter() - began
                 self._flight.done()
 
     def _write(self, batch: _Batch) -> None:
