@@ -74,6 +74,10 @@ def main(debug: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @_THREADS
 @click.option("--memory", default="2GB", show_default=True, help="Bound on working memory.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where to merge: cpu, cuda, cuda:1 or cuda:0,cuda:1."
+)
+@click.option("--device-memory", help="Bound on the memory of every device (default: half of what is free).")
 @_planning
 @click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that OUT holds.")
@@ -106,12 +110,27 @@ def _print_report(report: Report) -> None:
     size = f"{report.tensors} tensors, {gigabytes(report.written)} in {report.shards} file(s)"
     if report.dry_run:
         click.echo(f"dry run: {size}; nothing was written")
+        _print_devices(report)
         return
     click.echo(f"merged into {printable(str(report.out))}: {size}")
     click.echo(
         f"engine time {report.seconds:.3f} s, {report.gb_per_second:.2f} GB/s "
         f"({gigabytes(report.read)} read, {gigabytes(report.written)} written)"
     )
+    _print_devices(report)
+
+
+def _print_devices(report: Report) -> None:
+    """What a merge on devices took of them, and which part of it took longest."""
+    for use in report.devices:
+        whose = "--device-memory" if use.stated else "half of what was free"
+        click.echo(
+            f"{use.name} ({printable(use.model)}): merges with backend {use.backend}, "
+            f"{gigabytes(use.held)} held of at most {gigabytes(use.allowed)} ({whose})"
+        )
+    if report.busy is not None:
+        seconds = ", ".join(f"{part} {value:.3f} s" for part, value in report.busy.parts().items())
+        click.echo(f"busy: {seconds}; limited by {report.busy.limit()}")
 
 
 @main.command()

@@ -11,8 +11,12 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Event, Thread
+from typing import Any
 
+import pytest
 import torch
+
+from pykernels.engine import target
 
 
 class Late:
@@ -133,6 +137,13 @@ class StandIn:
         """Wait for both directions."""
         for queue in (self._up, self._down):
             queue.put(lambda: None).wait()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[StandIn]:
+    """Make "cuda:0" and "cuda:1" of the Python function stand-ins; no option of the command line does."""
+    made = [StandIn(i, **options) for i in range(2)]
+    monkeypatch.setattr(target, "open_devices", lambda device: made[: device.count("cuda")])
+    return made
 
 
 def _pages(nbytes: int) -> torch.Tensor:

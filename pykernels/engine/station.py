@@ -65,11 +65,15 @@ class Busy:
 
     def worst(self, other: Busy) -> Busy:
         """The longer of two for every part: devices work beside each other."""
-        return Busy(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(Busy)))
+        return Busy(*map(max, self.parts().values(), other.parts().values()))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by the names that people read."""
+        return {f.name.replace("_", " "): getattr(self, f.name) for f in fields(Busy)}
 
     def limit(self) -> str:
         """The part that worked longest."""
-        return max(fields(Busy), key=lambda f: float(getattr(self, f.name))).name.replace("_", " ")
+        return max(self.parts().items(), key=lambda item: item[1])[0]
 
 
 class Regions:
