@@ -5,13 +5,16 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test sanitize bench lint types clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
 	$(BIN)/pytest --import-mode=importlib tests
+
+sanitize: .venv/ready
+	.ci/sanitize
 
 bench: .venv/ready
 	$(BIN)/pykernels bench

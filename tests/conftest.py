@@ -10,7 +10,14 @@ from pykernels import backends
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A run without the compiled module must say so: PYKERNELS_BACKEND=ref."""
+    """A run without the compiled module must say so: PYKERNELS_BACKEND=ref.
+
+    PYKERNELS_TEST_EXTENSION names another build of the module, to be tested behind walls (make sanitize).
+    """
+    if path := os.environ.get("PYKERNELS_TEST_EXTENSION"):
+        from tests import walls
+
+        walls.install(path)
     why = backends.missing("cpu")
     if why and os.environ.get("PYKERNELS_BACKEND") != "ref":
         raise pytest.UsageError(f"{why}: pip install -e . first, or PYKERNELS_BACKEND=ref for the references")

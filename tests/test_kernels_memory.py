@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 from collections.abc import Callable
 
 import pytest
@@ -13,9 +11,9 @@ import torch
 from pykernels.cut import Cut
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES, EDGES, SHORT, Case, make, weights
+from tests.walls import Walls
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
-PAGE = mmap.PAGESIZE
 Place = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -24,27 +22,6 @@ def isa(request):
     """Every instruction set that this machine has, one after another."""
     with native.use_isa(request.param):
         yield request.param
-
-
-class Walls:
-    """Tensors in memory of their own between two pages that may not be touched."""
-
-    def __init__(self) -> None:
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.maps: list[tuple[mmap.mmap, int]] = []
-
-    def place(self, tensor: torch.Tensor, *, at_end: bool) -> torch.Tensor:
-        """A copy of ``tensor`` that ends (or begins) at a wall."""
-        nbytes = tensor.numel() * tensor.element_size()
-        pages = max(1, -(-nbytes // PAGE))
-        memory = mmap.mmap(-1, (pages + 2) * PAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for wall in (start, start + (pages + 1) * PAGE):
-            assert self.libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(PAGE), 0) == 0
-        self.maps.append((memory, start))
-        offset = PAGE + (pages * PAGE - nbytes if at_end else 0)
-        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        return copy.copy_(tensor)
 
 
 def every_kernel(numel: int, dtype: torch.dtype, place: Place, out_place: Place) -> dict[str, torch.Tensor]:

@@ -248,15 +248,17 @@ class Fused {
       }
       merge_with_cuts(merge, task_.combine, cuts.data(), 0, records.stored);
       if (size == 4)
-        scatter(static_cast<uint32_t*>(task_.out), reinterpret_cast<uint32_t*>(memory.data()), records);
+        scatter<4>(static_cast<char*>(task_.out), memory.data(), records);
       else
-        scatter(static_cast<uint16_t*>(task_.out), reinterpret_cast<uint16_t*>(memory.data()), records);
+        scatter<2>(static_cast<char*>(task_.out), memory.data(), records);
     });
   }
 
-  template <class Word>
-  static void scatter(Word* out, const Word* values, const Records& records) {
-    for (int64_t r = 0; r < records.stored; r++) out[records.index[r]] = values[r];
+  /// The output may stand at any byte.
+  template <int size>
+  static void scatter(char* out, const char* values, const Records& records) {
+    for (int64_t r = 0; r < records.stored; r++)
+      memcpy(out + records.index[r] * size, values + r * size, size);
   }
 
   /// Chunks where a guess among equals was wrong, and those a cut runs through. Equals of value zero change

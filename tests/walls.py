@@ -1,0 +1,204 @@
+"""Buffers between pages that may not be touched, and the compiled module with all its buffers put there.
+
+Under AddressSanitizer the bytes between a buffer and its walls are poisoned too, so that an access one byte
+past the end is fatal wherever the buffer stands; without it, such bytes are checked for writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import sys
+import zlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PAGE = mmap.PAGESIZE
+CANARY = 0xA5
+SIZES = {0: 4, 1: 2, 2: 2}
+"""Bytes of an element by the dtype code of csrc/math/dtype.h."""
+
+PLACES = ("end", 1, "start", 7, 34, 63, 3, 32)
+"""Where a buffer stands: at the wall behind it, at the wall before it, or so many bytes after that wall."""
+
+LAYOUT = {
+    **dict.fromkeys(
+        ("linear_merge", "ties_merge", "ties_fused", "dare_merge"), "out out_dtype dtype base tuned numel"
+    ),
+    "l1_norms": "norms dtype base tuned numel",
+    "dot_products": "dots grad_dtype grad dtype base tuned numel",
+    "kth_magnitude": "dtype base tuned numel",
+    "magnitude_histogram": "bins dtype base tuned numel",
+    "elect_sign": "signs dtype tuned numel",
+    "count_nonfinite": "dtype base numel",
+}
+"""Leading arguments of the functions of ``_C``; ``tuned`` is a list of addresses, other tensors are one."""
+
+WITHOUT_TENSORS = {"advise_huge", "ideal", "isa", "isas", "use_isa"}
+"""Functions that touch no tensor of a kernel test (``ideal``, the benchmarks' control, needs lines of 64)."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def asan() -> bool:
+    """Whether AddressSanitizer watches this process."""
+    return hasattr(_libc, "__asan_poison_memory_region")
+
+
+def _bytes(given: dict[str, Any]) -> dict[str, int]:
+    """Sizes of the tensors of a call, by the names of LAYOUT; ``base``: of each of ``tuned`` too."""
+    numel, models = given["numel"], len(given.get("tuned", ()))
+    blocks = -(-numel // 4096)
+    return {
+        "base": numel * SIZES[given["dtype"]],
+        "grad": numel * SIZES[given.get("grad_dtype", 0)],
+        "out": numel * SIZES[given.get("out_dtype", 0)],
+        "signs": numel,
+        "norms": blocks * models * 16,
+        "dots": blocks * models * 8,
+        "bins": models * 65536 * 8,
+    }
+
+
+_WRITTEN = {"out", "signs", "norms", "dots", "bins"}
+_EIGHT_ALIGNED = {"norms", "dots", "bins"}  # allocated by the caller of the kernel, never a view of a file
+
+
+class Region:
+    """Pages of memory between two that may not be touched."""
+
+    def __init__(self, pages: int) -> None:
+        self.size = pages * PAGE
+        self.memory = mmap.mmap(-1, self.size + 2 * PAGE)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + PAGE
+        for wall in (self.start - PAGE, self.start + self.size):
+            if _libc.mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(PAGE), 0) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    def surround(self, offset: int, nbytes: int) -> None:
+        """Mark all but the buffer, for :meth:`check`, and let AddressSanitizer guard it."""
+        ctypes.memset(self.start, CANARY, self.size)
+        self._guard("__asan_poison_memory_region", 0, offset)
+        self._guard("__asan_poison_memory_region", offset + nbytes, self.size)
+
+    def check(self, offset: int, nbytes: int) -> bool:
+        """Whether the marks around the buffer are as they were; AddressSanitizer's guards are taken down."""
+        self._guard("__asan_unpoison_memory_region", 0, self.size)
+        around = self.memory[PAGE : PAGE + offset] + self.memory[PAGE + offset + nbytes : PAGE + self.size]
+        return around.count(CANARY) == len(around)
+
+    def _guard(self, function: str, begin: int, end: int) -> None:
+        if asan():
+            getattr(_libc, function)(ctypes.c_void_p(self.start + begin), ctypes.c_size_t(end - begin))
+
+
+class Walls:
+    """Tensors in regions of their own."""
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+
+    def place(self, tensor: torch.Tensor, *, at_end: bool) -> torch.Tensor:
+        """A copy of ``tensor`` that ends (or begins) at a wall."""
+        nbytes = tensor.numel() * tensor.element_size()
+        region = Region(max(1, -(-nbytes // PAGE)))
+        self.regions.append(region)
+        offset = PAGE + (region.size - nbytes if at_end else 0)
+        copy = torch.frombuffer(region.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        return copy.copy_(tensor)
+
+
+class Stage:
+    """One call's buffers between walls; equal addresses share a place, as an output may be an input."""
+
+    _spare: dict[int, list[Region]] = {}  # noqa: RUF012
+
+    def __init__(self, seed: object) -> None:
+        self.seed = seed
+        self.buffers: dict[int, tuple[Region, int, int]] = {}
+
+    def put(self, address: int, nbytes: int, step: int = 1) -> int:
+        """The address of a copy of so many bytes, at a multiple of ``step``; 0 stays 0."""
+        if address == 0:
+            return 0
+        if address not in self.buffers:
+            pages = -(-(nbytes + 64) // PAGE)
+            spare = self._spare.setdefault(pages, [])
+            region = spare.pop() if spare else Region(pages)
+            offset = self._offset(region.size - nbytes, step)
+            region.surround(offset, nbytes)
+            ctypes.memmove(region.start + offset, address, nbytes)
+            self.buffers[address] = region, offset, nbytes
+        region, offset, _ = self.buffers[address]
+        return region.start + offset
+
+    def _offset(self, room: int, step: int) -> int:
+        """A place that depends on the call's arguments alone, so that a failure repeats when run alone."""
+        place = PLACES[zlib.crc32(repr((self.seed, len(self.buffers))).encode()) % len(PLACES)]
+        wanted = room if place == "end" else 0 if place == "start" else int(place)
+        return wanted // step * step
+
+    def close(self, name: str, written: set[int]) -> None:
+        """Copy the outputs back; AssertionError where anything around a buffer, or an input, has changed."""
+        for address, (region, offset, nbytes) in self.buffers.items():
+            intact = region.check(offset, nbytes)
+            here = region.start + offset
+            if address in written:
+                ctypes.memmove(address, here, nbytes)
+            else:
+                intact = intact and ctypes.string_at(address, nbytes) == ctypes.string_at(here, nbytes)
+            self._spare[region.size // PAGE].append(region)
+            if not intact:
+                raise AssertionError(f"{name}: wrote beside a buffer of {nbytes} bytes, or into an input")
+
+
+def _behind_walls(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, run on copies of its tensors."""
+    names = LAYOUT[name].split()
+
+    def call(*arguments: Any) -> Any:
+        given = dict(zip(names, arguments, strict=False))
+        nbytes = _bytes(given)
+        stage = Stage((name, given["numel"], given["dtype"], len(given.get("tuned", ()))))
+        moved: list[Any] = []
+        for key in names:
+            if key == "tuned":
+                moved.append([stage.put(address, nbytes["base"]) for address in given[key]])
+            elif key in nbytes:
+                moved.append(stage.put(given[key], nbytes[key], 8 if key in _EIGHT_ALIGNED else 1))
+            else:
+                moved.append(given[key])
+        result = function(*moved, *arguments[len(names) :])
+        stage.close(name, {given[key] for key in _WRITTEN & set(names)})
+        return result
+
+    return call
+
+
+class Walled(ModuleType):
+    """``_C`` with every function of ``LAYOUT`` run behind walls."""
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(module.__name__)
+        for name in vars(module):
+            function = getattr(module, name)
+            setattr(self, name, _behind_walls(name, function) if name in LAYOUT else function)
+
+
+def load(path: str) -> ModuleType:
+    """The extension module in a file, as pykernels._C."""
+    spec = importlib.util.spec_from_file_location("pykernels._C", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no extension module: {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def install(path: str) -> None:
+    """Let ``pykernels._C`` be the build at ``path``, behind walls."""
+    sys.modules["pykernels._C"] = Walled(load(path))
