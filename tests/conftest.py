@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 import pytest
+import torch
 
 from pykernels import backends
+
+
+def _emulate_cuda() -> None:
+    """Without a device the CUDA kernels run on the host, thread by thread."""
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:
+        sys.modules["pykernels._cuda"] = importlib.import_module("pykernels._cuda_emulated")
+    except ImportError as error:
+        if os.environ.get("PYKERNELS_WITHOUT_CUDA") != "1":
+            raise pytest.UsageError(
+                f"the emulated CUDA kernels are not built ({error}): PYKERNELS_EMULATED=1 pip install -e . "
+                "first, or PYKERNELS_WITHOUT_CUDA=1 to leave their tests out"
+            ) from None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests import walls
 
         walls.install(path)
+    _emulate_cuda()
     why = backends.missing("cpu")
     if why and os.environ.get("PYKERNELS_BACKEND") != "ref":
         raise pytest.UsageError(f"{why}: pip install -e . first, or PYKERNELS_BACKEND=ref for the references")

@@ -66,6 +66,11 @@ PK_HD void round_to(float x, f16* out) {
   out->bits = uint16_t(sign | half);
 }
 
+PK_HD void round_to(float x, bf16* out) {
+  const uint32_t u = float_bits(x);
+  out->bits = (u & kAbs) > kInfinity ? uint16_t(kNaN >> 16) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+}
+
 }  // namespace
 
 template <class T>
@@ -83,6 +88,6 @@ constexpr DType dtype_of<f16>() {
   return kF16;
 }
 
-constexpr int dtype_size(int code) { return code == kF32 ? 4 : 2; }
+PK_HD constexpr int dtype_size(int code) { return code == kF32 ? 4 : 2; }
 
 }  // namespace pk

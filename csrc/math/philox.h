@@ -15,7 +15,11 @@ namespace {
 
 template <class W>
 PK_HD void philox10(W& c0, W& c1, W& c2, W& c3, uint32_t k0, uint32_t k1) {
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; round++) {
     const W p0 = mul_low(c0, kPhiloxM0), p1 = mul_low(c2, kPhiloxM1);
     c0 = xor3(high(p1), c1, k0);

@@ -1,0 +1,10 @@
+// All CUDA kernels as host code, for tests.
+#include "../cuda/dare_merge.cu"
+#include "../cuda/dot_products.cu"
+#include "../cuda/elect_sign.cu"
+#include "../cuda/kth_magnitude.cu"
+#include "../cuda/l1_norms.cu"
+#include "../cuda/linear_merge.cu"
+#include "../cuda/magnitude_histogram.cu"
+#include "../cuda/ties_merge.cu"
+#include "../cuda/upload.cu"
