@@ -169,12 +169,16 @@ def test_a_model_of_one_tensor_and_one_scope(tmp_path: Path, kind: str, devices:
     """The threshold may lie on the device that found it, so that device merges."""
     for i, name in enumerate(("base", "t0", "t1")):
         generator = torch.Generator().manual_seed(i)
-        write_model(tmp_path / name, {"w": torch.randn(200, 50, generator=generator)})
+        embed = torch.randn(200, 50, generator=generator)
+        state = {"model.embed_tokens.weight": embed, "lm_head.weight": embed.clone()}
+        write_model(tmp_path / name, state, tie_word_embeddings=True)
     made = recipe(tmp_path, "ties", tuned=2, scope="model")
     both = on_device(kind, {"device": "cuda:0,cuda:1"})
     merge(made, tmp_path / "out", **both)
     merge(made, tmp_path / "cpu")
     assert files(tmp_path / "out") == files(tmp_path / "cpu")
+    if kind == "stand-in":
+        assert devices[0].merges == 3 and devices[1].merges == 0
 
 
 def many_small(home: Path, count: int) -> None:
