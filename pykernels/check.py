@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 
 MAX_MODELS = 64
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = frozenset({float, int})
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -52,14 +54,19 @@ def _plain(op: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must not be a negated view, call resolve_neg() first")
 
 
-def tensors(
-    op: str, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], name: str = "tuned"
-) -> torch.Tensor:
-    """``base`` (or the first tuned one) and all of ``tuned`` must be alike; returns what they are held to."""
+def models(op: str, tuned: Sequence[torch.Tensor], name: str) -> None:
+    """``tuned`` must be a sequence of 1 to 64."""
     if isinstance(tuned, torch.Tensor) or not isinstance(tuned, Sequence):
         raise TypeError(f"{op}: {name} must be a sequence of tensors, got {type(tuned).__name__}")
     if not 1 <= len(tuned) <= MAX_MODELS:
         raise ValueError(f"{op}: {name} must hold 1 to {MAX_MODELS} tensors, got {len(tuned)}")
+
+
+def tensors(
+    op: str, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], name: str = "tuned"
+) -> torch.Tensor:
+    """``base`` (or the first tuned one) and all of ``tuned`` must be alike; returns what they are held to."""
+    models(op, tuned, name)
     first, like = ("base", base) if base is not None else (f"{name}[0]", tuned[0])
     one_tensor(op, first, like)
     shape, dtype, device = like.shape, like.dtype, None if like.is_cpu else like.device
@@ -89,6 +96,8 @@ def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> lis
     elif type(value) is not list and isinstance(value, torch.Tensor) and value.dim() == 0:
         values = [float(value)] * n
     else:
+        if type(value) in (list, tuple) and not _NUMBERS.issuperset(map(type, value)):  # type: ignore[arg-type]
+            _whole(op, name, value)
         try:
             if type(value) is not list and isinstance(value, bool | str | bytes | Mapping):
                 raise TypeError
@@ -103,6 +112,39 @@ def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> lis
         if not -_FLOAT32_MAX <= v <= _FLOAT32_MAX:
             raise ValueError(f"{op}: {name} must be finite in float32, got {v}")
     return values
+
+
+def _whole(op: str, name: str, values: Any) -> None:
+    """Tensors in a list would lose their gradients without a word."""
+    if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values):
+        raise ValueError(
+            f"{op}: {name} must be one tensor where its gradient is asked for, got a list: torch.stack it"
+        )
+
+
+def coefficient(op: str, name: str, value: torch.Tensor, like: torch.Tensor, models: int | None) -> None:
+    """A tensor of numbers beside ``like``: [] for all models or, unless ``models`` is None, one per model."""
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on the inputs' device {like.device}, got {value.device}")
+    if value.dim() and (models is None or value.shape != (models,)):
+        rule = "[]" if models is None else f"[] or [{models}]"
+        raise ValueError(f"{op}: {name} must have shape {rule}, got {list(value.shape)}")
+
+
+def no_gradient(op: str, name: str, value: object) -> None:
+    """Refuse a tensor whose gradient nothing here could give."""
+    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} must not require grad, as no gradient is defined: pass {name}.detach()"
+        )
+
+
+def no_out(op: str, out: torch.Tensor | None) -> None:
+    """A result that carries a gradient is a new tensor."""
+    if out is not None:
+        raise ValueError(f"{op}: out must be None where a gradient is asked for: out= records none")
 
 
 def density(op: str, value: float | Sequence[float], n: int) -> list[float]:

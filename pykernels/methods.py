@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from pykernels.ops.dare_merge import DarePass, dare_pass
+from pykernels.ops.dare_pass import DarePass, dare_pass
 from pykernels.ops.kth_statistic import KthStatistic
 from pykernels.ops.linear_merge import linear_pass
 from pykernels.ops.task_arithmetic import arithmetic_pass
-from pykernels.ops.ties_merge import ties_pass, ties_whole, trims
+from pykernels.ops.ties_pass import ties_pass, ties_whole, trims
 
 Params = dict[str, Any]
 Tensors = Sequence[torch.Tensor]

@@ -28,6 +28,7 @@ FLOORS = (
     ("engine.recipe", "engine.settings", "engine.strict_yaml", "engine.sizes", "engine.collector"),
     ("methods",),
     ("ops",),
+    ("library",),
     ("backends",),
     ("native", "cuda", "check", "ref"),
     ("rows",),

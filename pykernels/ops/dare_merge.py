@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 
-from pykernels import backends, check
-from pykernels.ops.draws import RESCALE, Factors, L1Statistic, draw_threshold, mask_key, rescale_factor
-from pykernels.ops.linear_merge import divisor
-from pykernels.ops.task_arithmetic import nothing
-from pykernels.ops.ties_merge import ELECTIONS, NORMALIZE, shares
+from pykernels import backends, check, library
+from pykernels.ops.coefficients import (
+    Given,
+    Scalar,
+    examine,
+    examine_scalar,
+    joined,
+    joined_scalar,
+    scalar,
+    split,
+    split_scalar,
+    weights,
+)
+from pykernels.ops.dare_pass import dare_pass
+from pykernels.ops.draws import RESCALE
+from pykernels.ops.ties_merge import ELECTIONS, NORMALIZE, divides_by, normalizes
+
+OP = "dare_merge"
+
+Drawn: TypeAlias = tuple[float | Sequence[float], int, str]
+"""density, seed and name: what the masks are drawn from."""
+Rules: TypeAlias = tuple[str | None, bool | str, str | None, str]
+"""rescale, normalize, consensus and elect."""
 
 
 def dare_merge(
@@ -21,8 +39,8 @@ def dare_merge(
     density: float | Sequence[float],
     seed: int,
     name: str = "",
-    weight: float | Sequence[float] = 1.0,
-    lambda_: float = 1.0,
+    weight: Given = 1.0,
+    lambda_: Scalar = 1.0,
     rescale: str | None = "density",
     consensus: str | None = None,
     normalize: bool | str = False,
@@ -41,8 +59,10 @@ def dare_merge(
         density: probability of keeping an entry, in steps of 1/65536; a number in [0, 1] or one per model.
         seed: integer in [0, 2**64).
         name: the tensor's name, so that tensors of one model draw different masks.
-        weight: a number or one per model; a model of weight 0 takes no part.
-        lambda_: scale of the merged task vector.
+        weight: a number or one per model, or a floating-point tensor [] or [n] on the same device, whose
+            values a CUDA kernel reads without the host waiting (there they are not checked to be finite);
+            a model of weight 0 takes no part. No gradient is defined.
+        lambda_: scale of the merged task vector, a number or a tensor [] as above.
         rescale: "density" divides by the realised density (unbiased, paper), "l1" by the ratio of the L1
             norms after and before the drop (mergekit; 1 if either is below 1e-7 or not finite), None not at
             all.
@@ -59,19 +79,51 @@ def dare_merge(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
-    op = "dare_merge"
-    like = check.tensors(op, base, tuned)
-    densities = check.density(op, density, len(tuned))
-    weights = check.per_model(op, "weight", weight, len(tuned))
-    lambda_ = check.number(op, "lambda_", lambda_)
-    check.seed(op, seed)
-    check.choice(op, "rescale", rescale, RESCALE)
-    check.choice(op, "consensus", consensus, (None, "ties"))
-    check.choice(op, "normalize", normalize, NORMALIZE if consensus else (True, False))
-    check.choice(op, "elect", elect, ELECTIONS)
-    out = backends.output(op, out, out_dtype, like, [*tuned, base] if base is not None else tuned)
+    if library.needed(weight, lambda_):
+        check.no_gradient(OP, "weight", weight)
+        check.no_gradient(OP, "lambda_", lambda_)
+        check.choice(OP, "normalize", normalize, NORMALIZE)
+        inputs = library.inputs(OP, base, tuned)
+        numbers = (*split(OP, weight, len(tuned)), *split_scalar(OP, "lambda_", lambda_))
+        return library.call(
+            OP,
+            out,
+            *inputs,
+            check.density(OP, density, len(tuned)),
+            *numbers,
+            seed=library.signed(check.seed(OP, seed)),
+            name=name,
+            normalize=divides_by(normalize),
+            rescale=rescale,
+            consensus=consensus,
+            elect=elect,
+            out_dtype=out_dtype,
+        )
+    drawn, rules = (density, seed, name), (rescale, normalize, consensus, elect)
+    return _merge(base, tuned, weight, lambda_, drawn, rules, out, out_dtype)
+
+
+def _merge(
+    base: torch.Tensor | None,
+    tuned: Sequence[torch.Tensor],
+    weight: Given,
+    lambda_: Scalar,
+    drawn: Drawn,
+    rules: Rules,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    like = check.tensors(OP, base, tuned)
+    density, seed, name = drawn
+    rescale, normalize, consensus, elect = rules
+    densities = check.density(OP, density, len(tuned))
+    given = weights(OP, weight, like, len(tuned))
+    lambda_ = scalar(OP, "lambda_", lambda_, like)
+    check.seed(OP, seed)
+    _check_rules(rules)
+    out = backends.output(OP, out, out_dtype, like, [*tuned, base] if base is not None else tuned)
     run = dare_pass(
-        weight=weights,
+        weight=given,
         density=densities,
         lambda_=lambda_,
         normalize=normalize,
@@ -88,78 +140,70 @@ def dare_merge(
     return out
 
 
-class DarePass(NamedTuple):
-    """One tensor's DARE with its arguments checked: models of weight 0 are out, thresholds and key are drawn
-    up.
-    """
-
-    taking: list[int]
-    weight: list[float]
-    threshold: list[int]
-    key: int
-    lambda_: float
-    normalize: bool | str
-    rescale: str | None
-    elect: str | None
-
-    def statistic(self, numel: int) -> L1Statistic | None:
-        """The pass that ``rescale="l1"`` needs first."""
-        if self.rescale != "l1" or not self.taking:
-            return None
-        return L1Statistic(self.taking, self.threshold, self.key)
-
-    def run(
-        self,
-        out: torch.Tensor,
-        base: torch.Tensor | None,
-        tuned: Sequence[torch.Tensor],
-        offset: int,
-        factors: Factors | None,
-    ) -> None:
-        """Merge one chunk that starts at flat index ``offset`` of the tensor."""
-        if not self.taking:
-            nothing(out, base)
-            return
-        scale = factors.values if factors else [rescale_factor(t, self.rescale) for t in self.threshold]
-        total = divisor(self.weight) if self.normalize and not self.elect else 1.0
-        weight = [w * s / total for w, s in zip(self.weight, scale, strict=True)]
-        backends.call("dare_merge", tuned[0])(
-            out,
-            base,
-            [tuned[i] for i in self.taking],
-            self.threshold,
-            self.taking,
-            self.key,
-            weight,
-            scale if self.elect == "plain" else None,
-            shares(self.normalize, self.weight) if self.elect else None,
-            self.lambda_,
-            self.elect,
-            offset,
-        )
+def _check_rules(rules: Rules) -> None:
+    rescale, normalize, consensus, elect = rules
+    check.choice(OP, "rescale", rescale, RESCALE)
+    check.choice(OP, "consensus", consensus, (None, "ties"))
+    check.choice(OP, "normalize", normalize, NORMALIZE if consensus else (True, False))
+    check.choice(OP, "elect", elect, ELECTIONS)
 
 
-def dare_pass(
+def _run(
+    base: torch.Tensor | None,
+    tuned: list[torch.Tensor],
+    density: list[float],
+    weight: list[float] | None,
+    weight_tensor: torch.Tensor | None,
+    lambda_: float | None,
+    lambda_tensor: torch.Tensor | None,
     *,
-    weight: Sequence[float],
-    density: Sequence[float],
-    lambda_: float,
-    normalize: bool | str,
+    seed: int,
+    name: str,
+    normalize: str,
     rescale: str | None,
     consensus: str | None,
     elect: str,
+    out_dtype: torch.dtype | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    given = joined(weight, weight_tensor), joined_scalar(lambda_, lambda_tensor)
+    drawn = density, library.unsigned(seed), name
+    rules = rescale, normalizes(normalize), consensus, elect
+    return _merge(base, tuned, *given, drawn, rules, out, out_dtype)
+
+
+def _fake(
+    base: torch.Tensor | None,
+    tuned: list[torch.Tensor],
+    density: list[float],
+    weight: list[float] | None,
+    weight_tensor: torch.Tensor | None,
+    lambda_: float | None,
+    lambda_tensor: torch.Tensor | None,
+    *,
     seed: int,
     name: str,
-) -> DarePass:
-    """Draw up the pass of one tensor from checked arguments."""
-    taking = [i for i, w in enumerate(weight) if w != 0] if 0 in weight else list(range(len(weight)))
-    return DarePass(
-        taking,
-        [weight[i] for i in taking],
-        [draw_threshold(density[i]) for i in taking],
-        mask_key(seed, name),
-        lambda_,
-        normalize,
-        rescale,
-        elect if consensus else None,
-    )
+    normalize: str,
+    rescale: str | None,
+    consensus: str | None,
+    elect: str,
+    out_dtype: torch.dtype | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    like = check.tensors(OP, base, tuned)
+    check.density(OP, density, len(tuned))
+    examine(OP, like, len(tuned), joined(weight, weight_tensor))
+    examine_scalar(OP, "lambda_", like, joined_scalar(lambda_, lambda_tensor))
+    _check_rules((rescale, normalizes(normalize), consensus, elect))
+    return library.empty(OP, like, out_dtype, out)
+
+
+library.define(
+    OP,
+    "Tensor? base, Tensor[] tuned, float[] density, float[]? weight, Tensor? weight_tensor, float? lambda_, "
+    "Tensor? lambda_tensor, *, SymInt seed, str name, str normalize, str? rescale, str? consensus, "
+    "str elect, ScalarType? out_dtype",
+    _run,
+    _fake,
+    out=True,
+)

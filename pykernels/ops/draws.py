@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from pykernels import backends
+from pykernels.ops.block_sums import add_blocks
 
 RESCALE = ("density", "l1", None)
 STEPS = 65536
 """A draw has 16 bits: densities are multiples of 1 / STEPS."""
+LEAST = 1e-7
+"""Norms below this are not divided by (mergekit)."""
 
 
 def draw_threshold(density: float) -> int:
@@ -34,9 +37,9 @@ def mask_key(seed: int, name: str) -> int:
 
 @dataclass(frozen=True)
 class Factors:
-    """Rescale factor per model that takes part."""
+    """Rescale factor per model that takes part: numbers, or a float64 tensor [n] on the device."""
 
-    values: list[float]
+    values: list[float] | torch.Tensor
 
     def at(self, start: int) -> Factors:
         """A tensor's own statistic: nothing to shift."""
@@ -50,11 +53,13 @@ class L1Statistic:
         self.done = False
         self._taking, self._threshold, self._key = list(taking), threshold, key
         self._blocks: dict[int, torch.Tensor] = {}
+        self._on_device = False
 
     def update(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], offset: int) -> None:
         """Take in one chunk that starts at flat index ``offset``, a multiple of 4096, of the tensor."""
         models = [tuned[i] for i in self._taking]
         norms = backends.call("l1_norms", tuned[0])
+        self._on_device = backends.device_side("dare_merge", tuned[0])
         self._blocks[offset] = norms(base, models, self._threshold, self._taking, self._key, offset)
 
     def next_round(self) -> None:
@@ -63,15 +68,19 @@ class L1Statistic:
 
     def finish(self) -> Factors:
         """The factor that restores every model's L1 norm; 1 where a norm is below 1e-7 or not finite."""
-        blocks = torch.cat([self._blocks[offset] for offset in sorted(self._blocks)])
-        while len(blocks) > 1:
-            if len(blocks) % 2:
-                blocks = torch.cat([blocks, torch.zeros_like(blocks[:1])])
-            blocks = blocks[0::2] + blocks[1::2]
-        sums = blocks[0].tolist() if len(blocks) else [[0.0, 0.0]] * len(self._taking)
+        sums = add_blocks(torch.cat([self._blocks[offset] for offset in sorted(self._blocks)]))
+        if self._on_device:
+            return Factors(_ratios(sums))
         return Factors(
             [
-                before / after if min(before, after) >= 1e-7 and math.isfinite(before) else 1.0
-                for before, after in sums
+                before / after if min(before, after) >= LEAST and math.isfinite(before) else 1.0
+                for before, after in sums.tolist()
             ]
         )
+
+
+def _ratios(sums: torch.Tensor) -> torch.Tensor:
+    """The same on the device: sums [n, 2] before and after the drop -> factors [n]."""
+    before, after = sums.unbind(1)
+    usable = (torch.minimum(before, after) >= LEAST) & before.isfinite()
+    return torch.where(usable, before / after, 1.0)

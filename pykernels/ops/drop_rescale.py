@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pykernels import backends, check
+from pykernels import backends, check, library
+from pykernels.ops.coefficients import narrow
 from pykernels.ops.draws import RESCALE, L1Statistic, draw_threshold, mask_key, rescale_factor
+
+OP = "drop_rescale"
 
 
 def drop_rescale(
@@ -36,17 +39,68 @@ def drop_rescale(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
-    op = "drop_rescale"
-    check.one_tensor(op, "delta", delta)
-    [fraction] = check.density(op, density, 1)
-    check.seed(op, seed)
-    check.choice(op, "rescale", rescale, RESCALE)
-    out = backends.output(op, out, None, delta, [delta])
+    if library.needed():
+        [fraction] = check.density(OP, density, 1)
+        drawn = {"seed": library.signed(check.seed(OP, seed)), "name": name, "rescale": rescale}
+        return library.call(OP, out, library.constant(delta), fraction, **drawn)
+    return _drop(delta, density, seed, name, rescale, out)
+
+
+def _drop(
+    delta: torch.Tensor,
+    density: float,
+    seed: int,
+    name: str,
+    rescale: str | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    check.one_tensor(OP, "delta", delta)
+    [fraction] = check.density(OP, density, 1)
+    check.seed(OP, seed)
+    check.choice(OP, "rescale", rescale, RESCALE)
+    out = backends.output(OP, out, None, delta, [delta])
     threshold, key = draw_threshold(fraction), mask_key(seed, name)
-    scale = rescale_factor(threshold, rescale)
-    if rescale == "l1":
-        norms = L1Statistic([0], [threshold], key)
-        norms.update(None, [delta], 0)
-        [scale] = norms.finish().values
-    backends.call(op, delta)(out, delta, threshold, key, scale)
+    if rescale != "l1":
+        backends.call(OP, delta)(out, delta, threshold, key, rescale_factor(threshold, rescale))
+        return out
+    norms = L1Statistic([0], [threshold], key)
+    norms.update(None, [delta], 0)
+    scale = norms.finish().values
+    if isinstance(scale, torch.Tensor):  # a merge of one model, whose weight may stand on the device
+        one = backends.call("dare_merge", delta)
+        one(out, None, [delta], [threshold], [0], key, narrow(scale), None, None, 1.0, None)
+    else:
+        backends.call(OP, delta)(out, delta, threshold, key, scale[0])
     return out
+
+
+def _run(
+    delta: torch.Tensor,
+    density: float,
+    *,
+    seed: int,
+    name: str,
+    rescale: str | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _drop(delta, density, library.unsigned(seed), name, rescale, out)
+
+
+def _fake(
+    delta: torch.Tensor,
+    density: float,
+    *,
+    seed: int,
+    name: str,
+    rescale: str | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check.one_tensor(OP, "delta", delta)
+    check.density(OP, density, 1)
+    check.choice(OP, "rescale", rescale, RESCALE)
+    return library.empty(OP, delta, None, out)
+
+
+library.define(
+    OP, "Tensor delta, float density, *, SymInt seed, str name, str? rescale", _run, _fake, out=True
+)

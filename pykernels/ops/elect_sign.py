@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from pykernels import backends, check
+from pykernels import backends, check, library
+from pykernels.ops.coefficients import Given, examine, joined, narrow, pick, split, taking, weights
 from pykernels.ops.ties_merge import ELECTIONS
+
+OP = "elect_sign"
 
 
 def elect_sign(
-    deltas: Sequence[torch.Tensor], weight: float | Sequence[float] = 1.0, *, elect: str = "weighted"
+    deltas: Sequence[torch.Tensor], weight: Given = 1.0, *, elect: str = "weighted"
 ) -> torch.Tensor:
     """+1 where the positive mass is at least the negative one, -1 elsewhere.
 
@@ -19,7 +22,8 @@ def elect_sign(
 
     Args:
         deltas: 1 to 64 contiguous tensors [*S] of one dtype: float32, bfloat16, float16 or float64.
-        weight: a number or one per model; a model of weight 0 takes no part.
+        weight: a number or one per model, or a floating-point tensor [] or [n] on the same device, whose
+            values a CUDA kernel reads without the host waiting; a model of weight 0 takes no part.
         elect: "weighted" votes with weight * delta (mergekit), "plain" with the delta itself (paper, PEFT).
 
     Returns:
@@ -28,13 +32,48 @@ def elect_sign(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
-    op = "elect_sign"
-    like = check.tensors(op, None, deltas, "deltas")
-    weights = check.per_model(op, "weight", weight, len(deltas))
-    check.choice(op, "elect", elect, ELECTIONS)
+    if library.needed(weight):
+        check.no_gradient(OP, "weight", weight)
+        _, inputs = library.inputs(OP, None, deltas, "deltas")
+        return library.call(OP, None, inputs, *split(OP, weight, len(deltas)), elect=elect)
+    return _elect(deltas, weight, elect)
+
+
+def _elect(deltas: Sequence[torch.Tensor], weight: Given, elect: str) -> torch.Tensor:
+    like = check.tensors(OP, None, deltas, "deltas")
+    given = weights(OP, weight, like, len(deltas))
+    check.choice(OP, "elect", elect, ELECTIONS)
     out = torch.empty(like.shape, dtype=torch.int8, device=like.device)
-    taking = [(d, w) for d, w in zip(deltas, weights, strict=True) if w != 0]
-    if not taking:
+    part = taking(given)
+    if not part:
         return out.fill_(1)
-    backends.call(op, like)(out, [d for d, _ in taking], [w for _, w in taking], elect)
+    backends.call(OP, like)(out, [deltas[i] for i in part], narrow(pick(given, part)), elect)
     return out
+
+
+def _run(
+    deltas: list[torch.Tensor],
+    weight: list[float] | None,
+    weight_tensor: torch.Tensor | None,
+    *,
+    elect: str,
+) -> torch.Tensor:
+    return _elect(deltas, joined(weight, weight_tensor), elect)
+
+
+def _fake(
+    deltas: list[torch.Tensor],
+    weight: list[float] | None,
+    weight_tensor: torch.Tensor | None,
+    *,
+    elect: str,
+) -> torch.Tensor:
+    like = check.tensors(OP, None, deltas, "deltas")
+    examine(OP, like, len(deltas), joined(weight, weight_tensor))
+    check.choice(OP, "elect", elect, ELECTIONS)
+    return torch.empty_like(like, dtype=torch.int8)
+
+
+library.define(
+    OP, "Tensor[] deltas, float[]? weight, Tensor? weight_tensor, *, str elect", _run, _fake, out=False
+)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pykernels import backends, check
-from pykernels.cut import KEEP_ALL_EQUALS, Cut
+from pykernels import backends, check, library
 
+OP = "kth_magnitude"
 DIGIT = 16
 """Bits of a key that one histogram round settles."""
 
@@ -34,18 +34,26 @@ def kth_magnitude(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
-    op = "kth_magnitude"
-    like = check.tensors(op, base, tuned)
-    k = counts(check.density(op, density, len(tuned)), like.numel())
+    if library.needed():
+        inputs = library.inputs(OP, base, tuned)
+        return library.call(OP, None, *inputs, check.density(OP, density, len(tuned)))
+    return _run(base, tuned, density)
+
+
+def _run(
+    base: torch.Tensor | None, tuned: Sequence[torch.Tensor], density: float | Sequence[float]
+) -> torch.Tensor:
+    like = check.tensors(OP, base, tuned)
+    k = counts(check.density(OP, density, len(tuned)), like.numel())
     wide = like.dtype == torch.float64
-    cut = backends.call(op, like)(base, list(tuned), k)
-    for i in (i for i, count in enumerate(k) if count == like.numel() > 0):
-        cut.key[i] = _smallest(base, tuned[i])
-    values = [
-        math.inf if count == 0 else _magnitude(key, wide) for key, count in zip(cut.key, k, strict=True)
-    ]
     if like.numel() == 0:
-        values = [0.0] * len(tuned)
+        return like.new_zeros(len(tuned), dtype=torch.float64 if wide else torch.float32)
+    key = backends.call(OP, like)(base, list(tuned), k).key
+    if isinstance(key, torch.Tensor):
+        return _magnitudes(key)
+    for i in (i for i, count in enumerate(k) if count == like.numel()):
+        key[i] = _smallest(base, tuned[i])
+    values = [math.inf if count == 0 else _magnitude(x, wide) for x, count in zip(key, k, strict=True)]
     return torch.tensor(values, dtype=torch.float64 if wide else torch.float32, device=like.device)
 
 
@@ -63,6 +71,12 @@ def _smallest(base: torch.Tensor | None, tuned: torch.Tensor) -> int:
     return key
 
 
+def _magnitudes(key: torch.Tensor) -> torch.Tensor:
+    """Keys [n] on their device as float32; past all floats stands the key of k = 0."""
+    key = torch.where(key > 0x7F800000, torch.where(key > 0x7FFFFFFF, 0x7F800000, 0x7FC00000), key)
+    return key.to(torch.int32).view(torch.float32)
+
+
 def _magnitude(key: int, wide: bool) -> float:
     if key > (0x7FF << 52 if wide else 0x7F800000):
         return math.nan
@@ -73,111 +87,10 @@ def _magnitude(key: int, wide: bool) -> float:
     return value
 
 
-class KthStatistic:
-    """The selection of :func:`kth_magnitude` over chunks that come in any order.
+def _fake(base: torch.Tensor | None, tuned: list[torch.Tensor], density: list[float]) -> torch.Tensor:
+    like = check.tensors(OP, base, tuned)
+    check.density(OP, density, len(tuned))
+    return like.new_empty(len(tuned), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
-    A chunk that is the whole scope is settled at once. Otherwise every round reads all chunks and settles
-    one digit of 16 bits by an exact histogram; for the tie rule "index" one more round counts the equals of
-    every chunk and a last one finds the flat index of the last equal to keep.
-    """
 
-    def __init__(self, density: Sequence[float], numel: int, tie: str) -> None:
-        self.done = False
-        self._k = counts(density, numel)
-        self._numel = numel
-        self._tie = tie
-        self._shift = -1
-        n = len(self._k)
-        self._prefix: list[int] = [0] * n
-        self._rank = list(self._k)  # rank among the keys that share the prefix, counted from the largest
-        self._bins: torch.Tensor | None = None
-        self._equals: dict[int, list[int]] = {}
-        self._last = [KEEP_ALL_EQUALS] * n
-        self._stage = "digits"
-        self._wide: bool | None = None
-        self._target: list[tuple[int, int]] = []  # per model: the chunk's offset, the rank among its equals
-
-    def update(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], offset: int) -> None:
-        """Take in one chunk that starts at flat index ``offset`` of the scope."""
-        if self.done or tuned[0].numel() == 0:
-            return
-        wide = tuned[0].dtype == torch.float64
-        if self._wide not in (None, wide):
-            raise ValueError("kth_magnitude: one scope must be float64 throughout or not at all")
-        self._wide = wide
-        if tuned[0].numel() == self._numel:
-            cut = backends.call("kth_magnitude", tuned[0])(base, list(tuned), self._k)
-            self._prefix, self.done = cut.key, True
-            self._last = cut.last if self._tie == "index" else [KEEP_ALL_EQUALS] * len(self._k)
-        elif self._stage == "digits":
-            self._count_digit(base, tuned)
-        elif self._stage == "equals":
-            self._equals[offset] = [int((keys == p).sum()) for keys, p in self._keys(base, tuned)]
-        else:
-            self._locate(base, tuned, offset)
-
-    def next_round(self) -> None:
-        """Every chunk was seen once: settle the digit, or the ties."""
-        if self.done:
-            return
-        if self._stage == "digits" and self._bins is not None:
-            self._settle_digit(self._bins)
-        elif self._stage == "equals":
-            self._settle_ties()
-        else:
-            self.done = True
-
-    def finish(self) -> Cut:
-        """The cut per model; ``at(start)`` shifts it to the tensor that starts at ``start``."""
-        empty = [k == 0 for k in self._k]
-        return Cut(
-            [2**63 - 1 if e else p for e, p in zip(empty, self._prefix, strict=True)],
-            [-1 if e else last for e, last in zip(empty, self._last, strict=True)],
-        )
-
-    def _count_digit(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor]) -> None:
-        if self._shift < 0:
-            self._shift = (64 if tuned[0].dtype == torch.float64 else 32) - DIGIT
-        histogram = backends.call("magnitude_histogram", tuned[0])
-        bins = histogram(base, list(tuned), self._shift, self._prefix)
-        self._bins = bins if self._bins is None else self._bins + bins
-
-    def _settle_digit(self, bins: torch.Tensor) -> None:
-        above = bins.flip(1).cumsum(1)  # how many keys have this digit or a larger one
-        for i, rank in enumerate(self._rank):
-            place = int(torch.searchsorted(above[i], max(rank, 1)))
-            self._rank[i] = rank - int(above[i][place - 1] if place else 0)
-            self._prefix[i] = (self._prefix[i] << DIGIT) | ((1 << DIGIT) - 1 - place)
-        self._bins = None
-        if self._shift:
-            self._shift -= DIGIT
-        elif self._tie == "index":
-            self._stage = "equals"
-        else:
-            self.done = True
-
-    def _settle_ties(self) -> None:
-        self._stage = "locate"
-        for i, rank in enumerate(self._rank):
-            for offset in sorted(self._equals):
-                if rank <= self._equals[offset][i]:
-                    break
-                rank -= self._equals[offset][i]
-            self._target.append((offset, rank))
-
-    def _locate(self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor], offset: int) -> None:
-        wanted = [i for i, (at, rank) in enumerate(self._target) if at == offset and rank > 0]
-        if not wanted:
-            return
-        for i, (keys, prefix) in enumerate(self._keys(base, tuned)):
-            if i in wanted:
-                self._last[i] = offset + int(torch.nonzero(keys == prefix)[self._target[i][1] - 1])
-
-    def _keys(
-        self, base: torch.Tensor | None, tuned: Sequence[torch.Tensor]
-    ) -> list[tuple[torch.Tensor, int]]:
-        wide = tuned[0].dtype == torch.float64
-        kind, bits = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-        zero = None if base is None else base.to(kind)
-        deltas = (t.to(kind) if zero is None else t.to(kind) - zero for t in tuned)
-        return [(d.abs().view(bits), p) for d, p in zip(deltas, self._prefix, strict=True)]
+library.define(OP, "Tensor? base, Tensor[] tuned, float[] density", _run, _fake, out=False)

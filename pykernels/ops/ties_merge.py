@@ -7,11 +7,26 @@ from typing import Any
 
 import torch
 
-from pykernels import backends, check
-from pykernels.cut import KEEP_ALL_EQUALS, Cut
+from pykernels import backends, check, library
+from pykernels.ops.coefficients import (
+    Given,
+    Scalar,
+    examine,
+    examine_scalar,
+    joined,
+    joined_scalar,
+    pick,
+    scalar,
+    split,
+    split_scalar,
+    taking,
+    weights,
+)
 from pykernels.ops.kth_magnitude import counts
 from pykernels.ops.task_arithmetic import nothing
+from pykernels.ops.ties_pass import ties_pass, ties_whole, trims
 
+OP = "ties_merge"
 TIES = ("index", "keep")
 ELECTIONS = ("weighted", "plain")
 NORMALIZE = (True, False, "count")
@@ -22,8 +37,8 @@ def ties_merge(
     tuned: Sequence[torch.Tensor],
     *,
     density: float | Sequence[float],
-    weight: float | Sequence[float] = 1.0,
-    lambda_: float = 1.0,
+    weight: Given = 1.0,
+    lambda_: Scalar = 1.0,
     normalize: bool | str = True,
     elect: str = "weighted",
     tie: str = "index",
@@ -38,13 +53,15 @@ def ties_merge(
         base: contiguous tensor [*S], or None when ``tuned`` holds task vectors already.
         tuned: 1 to 64 contiguous tensors [*S] of base's dtype: float32, bfloat16, float16 or float64.
         density: fraction of every delta to keep, by magnitude; a number in [0, 1] or one per model.
-        weight: a number or one per model; a model of weight 0 takes no part.
-        lambda_: scale of the merged task vector.
+        weight: a number or one per model, or a floating-point tensor [] or [n] on the same device, whose
+            values a CUDA kernel reads without the host waiting (there they are not checked to be finite);
+            a model of weight 0 takes no part. No gradient is defined.
+        lambda_: scale of the merged task vector, a number or a tensor [] as above.
         normalize: True divides by the agreeing weights (mergekit), "count" by the number of agreeing models
             (paper, PEFT), False does not divide. A divisor of exactly 0 becomes 1.
         elect: "weighted" votes with weight * delta (mergekit), "plain" with the delta itself (paper, PEFT).
         tie: "index" keeps exactly k, among equals the lowest flat index first; "keep" keeps all >= kth.
-        out: contiguous tensor [*S] to fill; may be ``base`` or one of ``tuned`` (then two passes are made).
+        out: contiguous tensor [*S] to fill; may be ``base`` or one of ``tuned`` (on a CPU in two passes).
         out_dtype: dtype of the result, default that of ``out`` or of the inputs.
 
     Returns:
@@ -53,111 +70,121 @@ def ties_merge(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
-    op = "ties_merge"
-    like = check.tensors(op, base, tuned)
-    densities = check.density(op, density, len(tuned))
-    weights = check.per_model(op, "weight", weight, len(tuned))
-    lambda_ = check.number(op, "lambda_", lambda_)
-    check.choice(op, "normalize", normalize, NORMALIZE)
-    check.choice(op, "elect", elect, ELECTIONS)
-    check.choice(op, "tie", tie, TIES)
+    if library.needed(weight, lambda_):
+        check.no_gradient(OP, "weight", weight)
+        check.no_gradient(OP, "lambda_", lambda_)
+        check.choice(OP, "normalize", normalize, NORMALIZE)
+        inputs = library.inputs(OP, base, tuned)
+        numbers = (*split(OP, weight, len(tuned)), *split_scalar(OP, "lambda_", lambda_))
+        densities = check.density(OP, density, len(tuned))
+        rules = {"normalize": divides_by(normalize), "elect": elect, "tie": tie}
+        return library.call(OP, out, *inputs, densities, *numbers, **rules, out_dtype=out_dtype)
+    return _merge(base, tuned, density, weight, lambda_, normalize, elect, tie, out, out_dtype)
+
+
+def divides_by(normalize: bool | str) -> str:
+    """The rule of normalisation as a word, for schemas."""
+    return normalize if isinstance(normalize, str) else "weight" if normalize else "nothing"
+
+
+def normalizes(word: str) -> bool | str:
+    """What :func:`divides_by` took."""
+    return {"weight": True, "nothing": False}.get(word, word)
+
+
+def _merge(
+    base: torch.Tensor | None,
+    tuned: Sequence[torch.Tensor],
+    density: float | Sequence[float],
+    weight: Given,
+    lambda_: Scalar,
+    normalize: bool | str,
+    elect: str,
+    tie: str,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    like = check.tensors(OP, base, tuned)
+    densities = check.density(OP, density, len(tuned))
+    given = weights(OP, weight, like, len(tuned))
+    lambda_ = scalar(OP, "lambda_", lambda_, like)
+    _check_rules(normalize, elect, tie)
     inputs = [*tuned, base] if base is not None else tuned
-    given = out is not None
-    out = backends.output(op, out, out_dtype, like, inputs)
+    inplace = out is not None
+    out = backends.output(OP, out, out_dtype, like, inputs)
     if like.numel() == 0:
         return out
     options: dict[str, Any] = {"lambda_": lambda_, "normalize": normalize, "elect": elect}
     if not trims(densities):
-        ties_pass(out, base, tuned, None, weight=weights, **options)
-    elif (given and check.aliases(out, inputs)) or not ties_whole(
-        out, base, tuned, density=densities, tie=tie, weight=weights, **options
-    ):
-        taking = [i for i, w in enumerate(weights) if w != 0]
-        if not taking:
+        ties_pass(out, base, tuned, None, weight=given, **options)
+        return out
+    inplace = inplace and check.aliases(out, inputs) and not backends.device_side("ties_fused", like)
+    if inplace or not ties_whole(out, base, tuned, density=densities, tie=tie, weight=given, **options):
+        part = taking(given)
+        if not part:
             nothing(out, base)
             return out
-        kept, k = [tuned[i] for i in taking], counts([densities[i] for i in taking], like.numel())
+        kept, k = [tuned[i] for i in part], counts([densities[i] for i in part], like.numel())
         cut = backends.call("kth_magnitude", like)(base, kept, k)
         if tie == "keep":
-            cut = keep_equals(cut)
-        ties_pass(out, base, kept, cut, weight=[weights[i] for i in taking], **options)
+            cut = cut.keep_equals()
+        ties_pass(out, base, kept, cut, weight=pick(given, part), **options)
     return out
 
 
-def trims(density: Sequence[float]) -> bool:
-    """Whether any model loses entries."""
-    return min(density) < 1
+def _check_rules(normalize: bool | str, elect: str, tie: str) -> None:
+    check.choice(OP, "normalize", normalize, NORMALIZE)
+    check.choice(OP, "elect", elect, ELECTIONS)
+    check.choice(OP, "tie", tie, TIES)
 
 
-def keep_equals(cut: Cut) -> Cut:
-    """The cut of the tie rule "keep"; a model that keeps nothing still keeps nothing."""
-    return Cut(cut.key, [last if last < 0 else KEEP_ALL_EQUALS for last in cut.last])
-
-
-def shares(normalize: bool | str, weight: Sequence[float]) -> list[float] | None:
-    """What every agreeing model adds to the divisor: its weight, 1, or no division at all."""
-    if normalize is False:
-        return None
-    return [1.0] * len(weight) if normalize == "count" else list(weight)
-
-
-def ties_pass(
-    out: torch.Tensor,
+def _run(
     base: torch.Tensor | None,
-    tuned: Sequence[torch.Tensor],
-    cut: Cut | None,
+    tuned: list[torch.Tensor],
+    density: list[float],
+    weight: list[float] | None,
+    weight_tensor: torch.Tensor | None,
+    lambda_: float | None,
+    lambda_tensor: torch.Tensor | None,
     *,
-    weight: Sequence[float],
-    lambda_: float,
-    normalize: bool | str,
+    normalize: str,
     elect: str,
-    offset: int = 0,
-) -> None:
-    """One chunk with known cuts (None: nothing is trimmed), arguments checked."""
-    taking = [i for i, w in enumerate(weight) if w != 0]
-    if not taking:
-        nothing(out, base)
-        return
-    cut = cut or Cut([0] * len(weight), [KEEP_ALL_EQUALS] * len(weight))
-    weights = [weight[i] for i in taking]
-    vote = [1.0] * len(taking) if elect == "plain" else None
-    backends.call("ties_merge", tuned[0])(
-        out,
-        base,
-        [tuned[i] for i in taking],
-        Cut([cut.key[i] for i in taking], [cut.last[i] for i in taking]),
-        weights,
-        vote,
-        shares(normalize, weights),
-        lambda_,
-        elect,
-        offset,
-    )
-
-
-def ties_whole(
-    out: torch.Tensor,
-    base: torch.Tensor | None,
-    tuned: Sequence[torch.Tensor],
-    *,
-    density: Sequence[float],
     tie: str,
-    weight: Sequence[float],
-    lambda_: float,
-    normalize: bool | str,
+    out_dtype: torch.dtype | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    given = joined(weight, weight_tensor), joined_scalar(lambda_, lambda_tensor)
+    return _merge(base, tuned, density, *given, normalizes(normalize), elect, tie, out, out_dtype)
+
+
+def _fake(
+    base: torch.Tensor | None,
+    tuned: list[torch.Tensor],
+    density: list[float],
+    weight: list[float] | None,
+    weight_tensor: torch.Tensor | None,
+    lambda_: float | None,
+    lambda_tensor: torch.Tensor | None,
+    *,
+    normalize: str,
     elect: str,
-) -> bool:
-    """Selection and merge of a whole tensor in one pass; False where the backend has no such form."""
-    fused = backends.find("ties_fused", tuned[0])
-    if fused is None or not trims(density):
-        return False
-    if 0 in weight:  # such models take no part
-        taking = [i for i, w in enumerate(weight) if w != 0]
-        if not taking:
-            return False
-        tuned, density = [tuned[i] for i in taking], [density[i] for i in taking]
-        weight = [weight[i] for i in taking]
-    k = counts(density, tuned[0].numel())
-    vote = [1.0] * len(k) if elect == "plain" else None
-    fused(out, base, tuned, k, tie, weight, vote, shares(normalize, weight), lambda_, elect)
-    return True
+    tie: str,
+    out_dtype: torch.dtype | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    like = check.tensors(OP, base, tuned)
+    check.density(OP, density, len(tuned))
+    examine(OP, like, len(tuned), joined(weight, weight_tensor))
+    examine_scalar(OP, "lambda_", like, joined_scalar(lambda_, lambda_tensor))
+    _check_rules(normalizes(normalize), elect, tie)
+    return library.empty(OP, like, out_dtype, out)
+
+
+library.define(
+    OP,
+    "Tensor? base, Tensor[] tuned, float[] density, float[]? weight, Tensor? weight_tensor, float? lambda_, "
+    "Tensor? lambda_tensor, *, str normalize, str elect, str tie, ScalarType? out_dtype",
+    _run,
+    _fake,
+    out=True,
+)

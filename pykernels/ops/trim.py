@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pykernels import backends, check
+from pykernels import backends, check, library
 from pykernels.ops.kth_magnitude import counts
-from pykernels.ops.ties_merge import TIES, keep_equals
+from pykernels.ops.ties_merge import TIES
+
+OP = "trim"
 
 
 def trim(
@@ -28,13 +30,29 @@ def trim(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
-    op = "trim"
-    check.one_tensor(op, "delta", delta)
-    [fraction] = check.density(op, density, 1)
-    check.choice(op, "tie", tie, TIES)
-    out = backends.output(op, out, None, delta, [delta])
+    if library.needed():
+        [fraction] = check.density(OP, density, 1)
+        return library.call(OP, out, library.constant(delta), fraction, tie=tie)
+    return _run(delta, density, tie=tie, out=out)
+
+
+def _run(delta: torch.Tensor, density: float, *, tie: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    check.one_tensor(OP, "delta", delta)
+    [fraction] = check.density(OP, density, 1)
+    check.choice(OP, "tie", tie, TIES)
+    out = backends.output(OP, out, None, delta, [delta])
     if delta.numel() == 0:
         return out
     cut = backends.call("kth_magnitude", delta)(None, [delta], counts([fraction], delta.numel()))
-    backends.call(op, delta)(out, delta, keep_equals(cut) if tie == "keep" else cut)
+    backends.call(OP, delta)(out, delta, cut.keep_equals() if tie == "keep" else cut)
     return out
+
+
+def _fake(delta: torch.Tensor, density: float, *, tie: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    check.one_tensor(OP, "delta", delta)
+    check.density(OP, density, 1)
+    check.choice(OP, "tie", tie, TIES)
+    return library.empty(OP, delta, None, out)
+
+
+library.define(OP, "Tensor delta, float density, *, str tie", _run, _fake, out=True)

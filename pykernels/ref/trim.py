@@ -15,7 +15,7 @@ def trim(delta: torch.Tensor, cut: Cut, offset: int = 0) -> torch.Tensor:
     ``offset`` is the flat index of delta's first element in the tensor that ``cut`` speaks of.
     """
     wide = widen(None, delta)
-    return keep(wide, kept(wide, cut.key[0], cut.last[0], offset)).double()
+    return keep(wide, kept(wide, int(cut.key[0]), int(cut.last[0]), offset)).double()
 
 
 def kept(delta: torch.Tensor, kth: int, last: int, offset: int) -> torch.Tensor:
