@@ -235,24 +235,31 @@ def test_small_tensors_share_launches(
     assert sorted(together) == [1] * 30 + [300, 330]
 
 
+@pytest.mark.parametrize(
+    "method, scope, memory",
+    [("ties", "tensor", "80KB"), ("ties", "model", "80KB"), ("dare_ties", "tensor", "100MB")],
+    ids=["chunks", "model", "whole"],
+)
 @pytest.mark.parametrize("backend", ["ref", "cuda", "triton"])
 def test_a_forced_backend_reaches_the_threads(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, method: str, scope: str, memory: str
 ) -> None:
     """On stand-ins: "cuda" in its emulated build, "triton" in its interpreter, where they run."""
     if why := backends.missing(backend):
         pytest.skip(why)
     install(monkeypatch)
+    many_small(tmp_path, 20)
+    made = recipe(tmp_path, method, scope=scope, tuned=2)
     with pykernels.use_backend(backend):
         try:
-            report = merge(recipe(home, "ties"), tmp_path / "out", device="cuda:0", device_memory="900KB")
+            report = merge(made, tmp_path / "out", device="cuda:0", device_memory=memory)
         except ValueError as error:
             pytest.skip(f"addresses another memory: {error}")
     assert report.devices[0].backend == backend
     assert json.loads((tmp_path / "out" / "pykernels.json").read_text())["backend"] == backend
     assert any("the references merge there" in text for text in report.warnings) == (backend == "ref")
     with pykernels.use_backend("ref" if backend == "ref" else "cpu"):
-        merge(recipe(home, "ties"), tmp_path / "cpu")
+        merge(made, tmp_path / "cpu")
     assert files(tmp_path / "out") == files(tmp_path / "cpu")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from pykernels.engine import schedule as schedules
 from pykernels.engine.loads import ALIGN, Load, place
 from pykernels.engine.plan import Plan, make_plan
 from pykernels.engine.recipe import read_recipe
+from pykernels.engine.run import merge
 from pykernels.engine.schedule import DeviceBudget, Unit, deal, model_survey, schedule
 from pykernels.engine.station import Busy, Regions
-from tests.checkpoints import SHAPES, recipe, write_models
+from tests.checkpoints import SHAPES, recipe, write_model, write_models
+from tests.stand_in import install
 
 MIXED = (torch.bfloat16, torch.float32)
 
@@ -180,3 +183,14 @@ def test_an_unmerged_load_has_no_outputs(home: Path) -> None:
     plan = planned(home, "ties")
     [load] = schedule(plan, DeviceBudget.of(plan, 10**9, 10**9, 1))[0].loads
     assert place(load.parts, merged=False).nbytes == load.outs < load.nbytes
+
+
+def test_copies_and_merges_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty tensors, each 20 ms on its way up, in the merge and on its way down, but not one by one."""
+    for name in ("t0", "t1"):
+        state = {f"model.layers.{i}.w": torch.ones(64, 64) for i in range(20)}
+        write_model(tmp_path / name, state)
+    monkeypatch.setattr(grouping, "SMALL", 10)
+    install(monkeypatch, late=0.02, fault=lambda stage: time.sleep(0.02 if stage == "merge" else 0))
+    report = merge(recipe(tmp_path, "linear", tuned=2), tmp_path / "out", device="cuda:0")
+    assert 20 * 0.02 < report.seconds < 0.75 * 3 * 20 * 0.02

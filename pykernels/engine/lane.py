@@ -136,9 +136,7 @@ class Lane:
     def _survey(self, unit: Unit) -> Any:
         """Round by round over the unit's chunks, until its statistic is settled."""
         total = sum(part.count for load in unit.survey for part in load.parts)
-        statistic = self._method.statistic(unit.survey[0].parts[0].out.params, total)
-        if statistic is None:
-            raise TypeError(f"method {self._method.name} has no statistic to survey for")
+        statistic: Any = self._method.statistic(unit.survey[0].parts[0].out.params, total)
         while not statistic.done:
             for _ in unit.survey:
                 held = self._take(self._arrived)
