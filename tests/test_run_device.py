@@ -248,7 +248,7 @@ def test_a_forced_backend_reaches_the_threads(
     if why := backends.missing(backend):
         pytest.skip(why)
     install(monkeypatch)
-    many_small(tmp_path, 20)
+    many_small(tmp_path, 2)
     made = recipe(tmp_path, method, scope=scope, tuned=2)
     with pykernels.use_backend(backend):
         try:
