@@ -1,0 +1,175 @@
+"""Every Triton kernel compiled ahead of time, without a GPU: ``python -m pykernels.kernels.compiled``.
+
+Prints registers and stack of each kernel in its benchmark configurations for sm_80, sm_90 and sm_100, and fails if a
+kernel spills (a stack), or fuses a product and a sum, which could change a decision. Measured is what the launches of
+:mod:`pykernels.kernels.launch` would compile: the same blocks, warps and options.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pykernels.kernels import (
+    block_sums,
+    dare_merge,
+    dot_products,
+    elect_sign,
+    kth_magnitude,
+    l1_norms,
+    launch,
+    linear_merge,
+    merge_loop,
+    rounds,
+    sample,
+    selection,
+    table,
+    ties_merge,
+)
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (tl.float32, tl.bfloat16)
+TABLE = {"rows": "*i64", "jobs": "i32", "stride": "i32", "models": "i32"}
+SEARCH = {"states": "*i64", "counts": "*i32", "buffer": "*i32"}
+CUT = {"key": "*i64", "last": "*i64"}
+
+
+class Configuration(NamedTuple):
+    """One kernel as it is launched: types of its arguments, values of its constants."""
+
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, object]
+    warps: int
+
+    def __str__(self) -> str:
+        named = [f"{k}={getattr(v, 'name', v)}" for k, v in self.constants.items() if k in VARIANTS]
+        return " ".join([self.kernel.__name__, *named])
+
+
+VARIANTS = ("IN", "MODELS", "COMBINE", "KEEP", "ALIGN")
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes per thread, and its fused operations."""
+
+    registers: int
+    stack: int
+    fused: list[str]
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every kernel, in the types and constants that benchmarks run."""
+    words = {"table": "*i64", "start": "i64", **{f"w{i}": "i64" for i in range(table.WORDS)}}
+    yield Configuration(table._pack, words, {}, 1)
+    yield Configuration(
+        rounds._narrow, {**TABLE, "states": "*i64", "bins": "*i32", "copies": "i32"}, {}, launch.WARPS
+    )
+    for dtype in DTYPES:
+        yield from merges(dtype)
+        yield from selections(dtype)
+        yield from statistics(dtype)
+
+
+def merges(dtype: tl.dtype) -> Iterator[Configuration]:
+    """The streaming merges: aligned for 3, 8 and more models, and one for any byte address."""
+    combines = (merge_loop.SUM.value, merge_loop.WEIGHTED.value, merge_loop.PLAIN.value)
+    for align, models in ((16, 3), (16, 8), (16, 0), (0, 3)):
+        fixed = {
+            "BASED": True, "IN": dtype, "TO": dtype, "ALIGN": align, "MODELS": models,
+            "BLOCK": launch.BLOCK, "TILE": launch.TILE,
+        }  # fmt: skip
+        yield Configuration(linear_merge._linear_merge, TABLE, {"SHARED": False, **fixed}, launch.WARPS)
+        for kernel in (ties_merge._ties_merge, dare_merge._dare_merge):
+            for combine in combines:
+                yield Configuration(
+                    kernel, TABLE, {"COMBINE": combine, "SHARED": combine > 0, **fixed}, launch.WARPS
+                )
+
+
+def selections(dtype: tl.dtype) -> Iterator[Configuration]:
+    """The kernels of the k-th magnitude, and the histogram."""
+    like: dict[str, object] = {"BASED": True, "IN": dtype, "ALIGN": 1}
+    tile: dict[str, object] = {**like, "TILE": launch.TILE}
+    held: dict[str, object] = {**tile, "CAPACITY": selection.CAPACITY}
+    whole = {**like, "SAMPLE": selection.SAMPLE}
+    small = {**like, "SMALL": selection.SMALL}
+    yield Configuration(sample._select_small, {**TABLE, **CUT}, {"KEEP": False, **small}, selection.WIDE)
+    yield Configuration(sample._sample, {**TABLE, "states": "*i64"}, whole, selection.WIDE)
+    collect = {**held, "ALIGN": 16}
+    yield Configuration(rounds._collect, {**TABLE, **SEARCH}, collect, selection.SCANNING)
+    counters = {**TABLE, **SEARCH, "bins": "*i32", "copies": "i32"}
+    yield Configuration(rounds._count, counters, held, selection.WARPS)
+    yield Configuration(rounds._equals, {**TABLE, **SEARCH}, held, selection.WARPS)
+    locate = {**TABLE, "states": "*i64", "counts": "*i32", **CUT}
+    yield Configuration(
+        rounds._locate, locate, {"KEEP": False, **tile, "STEP": selection.STEP}, selection.WARPS
+    )
+    histogram = {**TABLE, "bins": "*i64", "shift": "i32", "copies": "i32"}
+    yield Configuration(
+        kth_magnitude._magnitude_histogram, histogram, {"PREFIXED": True, **tile}, selection.WARPS
+    )
+
+
+def statistics(dtype: tl.dtype) -> Iterator[Configuration]:
+    """The sums over blocks, and the elected signs."""
+    like: dict[str, object] = {"IN": dtype, "ALIGN": 16}
+    sums = {**TABLE, "sums": "*fp64"}
+    fixed = {"BASED": True, **like, "BLOCKS": block_sums.BLOCKS}
+    yield Configuration(l1_norms._l1_norms, sums, fixed, launch.WARPS)
+    yield Configuration(dot_products._dot_products, sums, {**fixed, "BY": dtype}, launch.WARPS)
+    yield Configuration(
+        elect_sign._elect_sign, TABLE, {"PLAIN": False, **like, "BLOCK": launch.BLOCK}, launch.WARPS
+    )
+
+
+def usage(configuration: Configuration, architecture: int) -> Usage:
+    """Compile one configuration; torch's allocations and tables are aligned, so pointers are taken as such."""
+    names = list(configuration.kernel.arg_names)
+    signature = {name: configuration.arguments.get(name, "constexpr") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+    }
+    source = ASTSource(configuration.kernel, signature, configuration.constants, aligned)
+    options = {"num_warps": configuration.warps, "enable_fp_fusion": False}
+    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
+        ).stdout
+    registers, stack = (int(re.findall(rf"\b{what}:(\d+)", said)[-1]) for what in ("REG", "STACK"))
+    return Usage(registers, stack, re.findall(r"\bfma\.\S+", kernel.asm["ptx"]))
+
+
+def main() -> int:
+    """Print the table; 1 where a kernel spills or fuses."""
+    if launch.INTERPRETED:
+        print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
+        return 2
+    failures = []
+    print("kernel" + " " * 58 + "".join(f"  sm_{a:<3} regs stack" for a in ARCHITECTURES))
+    for configuration in configurations():
+        uses = [usage(configuration, a) for a in ARCHITECTURES]
+        cells = "".join(f"{u.registers:>13}{u.stack:>6}" for u in uses)
+        print(f"{configuration!s:<64}{cells}", flush=True)
+        if any(u.stack or u.fused for u in uses):
+            failures.append(f"{configuration}: spills or fuses: {uses}")
+    print(*failures, sep="\n", file=sys.stderr)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The streaming merge that linear, TIES with known cuts and DARE share: keep policy x combine policy.
+
+Traffic: reads base and n tuned tensors once, writes out once: (n + 2) * numel * sizeof(T). One pass. The order of
+operations is that of ``csrc/cpu/merge_loop.h`` and ``csrc/math/elect.h``, so the bits are those of the CPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pykernels.kernels.lanes import NUMBERS, draws, magnitude, read, rounded, write
+from pykernels.kernels.table import (
+    BASE,
+    CHOICE,
+    FIRST,
+    KEY,
+    LAMBDA,
+    NUMEL,
+    OFFSET,
+    OUT,
+    PLACE,
+    SHARE,
+    TUNED,
+    VOTE,
+    WEIGHT,
+    floats,
+    integers,
+    job_of,
+)
+
+ALL = tl.constexpr(0)
+LARGE = tl.constexpr(1)
+RANDOM = tl.constexpr(2)
+SUM = tl.constexpr(0)
+WEIGHTED = tl.constexpr(1)
+PLAIN = tl.constexpr(2)
+
+
+@triton.jit
+def kept_large(row, m, delta, start, lane, BLOCK: tl.constexpr):
+    """By magnitude: the key above the cut's, or equal at a flat index up to the last kept. A NaN is kept."""
+    cut = tl.minimum(tl.load(integers(row, CHOICE) + m), NUMBERS).to(tl.int32)
+    edge = tl.load(integers(row, PLACE) + m) - tl.load(row + OFFSET) - start
+    edge = tl.maximum(tl.minimum(edge, BLOCK), -1).to(tl.int32)
+    return magnitude(delta) >= tl.where(lane <= edge, cut, tl.minimum(cut + 1, NUMBERS))
+
+
+@triton.jit
+def kept_random(row, m, delta, start, BLOCK: tl.constexpr):
+    """At random: the 16-bit draw below the threshold. A NaN is kept whatever its draw."""
+    threshold = tl.load(integers(row, CHOICE) + m).to(tl.int32)
+    model = tl.load(integers(row, PLACE) + m)
+    call = (tl.load(row + OFFSET) + start) // 8 + tl.arange(0, BLOCK // 8)
+    draw = draws(tl.load(row + KEY), model, call, BLOCK)
+    return (draw < threshold) | (delta != delta)
+
+
+@triton.jit
+def mean_of(pos, neg, up, down, wup, wdown, SHARED: tl.constexpr):
+    """The side with the heavier vote; a draw, or a NaN vote, elects the positive one."""
+    negative = pos < -neg
+    mean = tl.where(negative, down, up)
+    if SHARED:
+        share = tl.where(negative, wdown, wup)
+        mean = tl.div_rn(mean, tl.where(share == 0, 1.0, share))
+    return mean
+
+
+@triton.jit
+def merge_lanes(
+    row, start, limit, models,
+    KEEP: tl.constexpr, COMBINE: tl.constexpr, SHARED: tl.constexpr, BASED: tl.constexpr,
+    IN: tl.constexpr, TO: tl.constexpr, ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Elements ``start`` to ``start + limit`` of one job. A model of weight 0 takes no part, its NaN neither.
+
+    MODELS is their number where the loop is to be unrolled, else 0.
+    """
+    lane = tl.arange(0, BLOCK)
+    mask = lane < limit
+    zero = tl.zeros([BLOCK], tl.float32)
+    base = zero
+    if BASED:
+        base = read(tl.load(row + BASE), start, lane, mask, IN, ALIGN, WHOLE)
+    pos = zero
+    neg = zero
+    up = zero
+    down = zero
+    wup = zero
+    wdown = zero
+    UNROLL: tl.constexpr = MODELS if MODELS > 0 else 1
+    for m in tl.range(0, MODELS if MODELS > 0 else models, loop_unroll_factor=UNROLL):
+        delta = read(tl.load(row + TUNED + m), start, lane, mask, IN, ALIGN, WHOLE)
+        if BASED:
+            delta = delta - base
+        weight = tl.load(floats(row, WEIGHT) + m)
+        delta = tl.where(weight != 0, delta, 0.0)
+        value = delta * weight
+        vote = value
+        if COMBINE == PLAIN:
+            vote = delta * tl.load(floats(row, VOTE) + m)
+        if KEEP == LARGE:
+            vote = tl.where(kept_large(row, m, delta, start, lane, BLOCK), vote, 0.0)
+        if KEEP == RANDOM:
+            vote = tl.where(kept_random(row, m, delta, start, BLOCK), vote, 0.0)
+        right = vote <= 0  # false for a NaN, which so reaches the positive side and the result
+        left = vote < 0
+        if COMBINE == SUM:
+            pos += vote
+        else:
+            pos += tl.where(right, 0.0, vote)
+            neg += tl.where(left, vote, 0.0)
+        if COMBINE == PLAIN:
+            up += tl.where(right, 0.0, value)
+            down += tl.where(left, value, 0.0)
+        if SHARED:
+            share = tl.load(floats(row, SHARE) + m)
+            wup += tl.where(right, 0.0, share)
+            wdown += tl.where(left, share, 0.0)
+    if COMBINE == SUM:
+        mean = pos
+    elif COMBINE == WEIGHTED:
+        mean = mean_of(pos, neg, pos, neg, wup, wdown, SHARED)
+    else:
+        mean = mean_of(pos, neg, up, down, wup, wdown, SHARED)
+    merged = base + tl.load(floats(row, LAMBDA)) * mean
+    write(tl.load(row + OUT), start, lane, mask, rounded(merged, TO), ALIGN, WHOLE)
+
+
+@triton.jit
+def merge_block(
+    rows, jobs, stride, models,
+    KEEP: tl.constexpr, COMBINE: tl.constexpr, SHARED: tl.constexpr, BASED: tl.constexpr,
+    IN: tl.constexpr, TO: tl.constexpr, ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """One program's BLOCK of the launch."""
+    block = tl.program_id(0).to(tl.int64)
+    tile = block // (TILE // BLOCK)
+    _, row = job_of(rows, jobs, stride, tile)
+    start = (tile - tl.load(row + FIRST)) * TILE + block % (TILE // BLOCK) * BLOCK
+    limit = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+    if ALIGN == 16 and limit == BLOCK:
+        merge_lanes(
+            row, start, limit, models, KEEP, COMBINE, SHARED, BASED, IN, TO, ALIGN, MODELS, BLOCK, True
+        )
+    elif limit > 0:
+        merge_lanes(
+            row, start, limit, models, KEEP, COMBINE, SHARED, BASED, IN, TO, ALIGN, MODELS, BLOCK, False
+        )
