@@ -1,8 +1,8 @@
-"""Sums over blocks of 4096 elements in float64, by the fixed tree of all backends: 16 interleaved lanes in order of the
-elements, then neighbouring lanes.
+"""Sums over blocks of 4096 elements in float64, by the fixed tree of all backends: 16 interleaved lanes in
+order of the elements, then neighbouring lanes.
 
-A program takes BLOCKS blocks of one model side by side, in steps of 128 elements of each, so that every lane of every
-block has a thread and nothing is left to a reduction whose order is Triton's.
+A program takes BLOCKS blocks of one model side by side, in steps of 128 elements of each, so that every lane
+of every block has a thread and nothing is left to a reduction whose order is Triton's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def deltas(
 
 @triton.jit
 def add_rows(total, values, BLOCKS: tl.constexpr):
-    """Lanes [BLOCKS, 16] float64 plus values [BLOCKS * 128], 8 rows of 16 for each block, one row after another."""
+    """Lanes [BLOCKS, 16] float64 plus values [BLOCKS * 128]: 8 rows of 16 a block, one after another."""
     by_lane = tl.permute(tl.reshape(values, [BLOCKS, 8, 16]), [0, 2, 1])
     even, odd = tl.split(tl.reshape(by_lane, [BLOCKS, 16, 4, 2]))
     from0, from2 = tl.split(tl.reshape(even, [BLOCKS, 16, 2, 2]))

@@ -1,8 +1,8 @@
 """Every Triton kernel compiled ahead of time, without a GPU: ``python -m pykernels.kernels.compiled``.
 
-Prints registers and stack of each kernel in its benchmark configurations for sm_80, sm_90 and sm_100, and fails if a
-kernel spills (a stack), or fuses a product and a sum, which could change a decision. Measured is what the launches of
-:mod:`pykernels.kernels.launch` would compile: the same blocks, warps and options.
+Prints registers and stack of each kernel in its benchmark configurations for sm_80, sm_90 and sm_100, and
+fails if a kernel spills (a stack), or fuses a product and a sum, which could change a decision. Measured is
+what the launches of :mod:`pykernels.kernels.launch` would compile: the same blocks, warps and options.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def merges(dtype: tl.dtype) -> Iterator[Configuration]:
     combines = (merge_loop.SUM.value, merge_loop.WEIGHTED.value, merge_loop.PLAIN.value)
     for align, models in ((16, 3), (16, 8), (16, 0), (0, 3)):
         fixed = {
-            "BASED": True, "IN": dtype, "TO": dtype, "ALIGN": align, "MODELS": models,
+            "SKIP": False, "BASED": True, "IN": dtype, "TO": dtype, "ALIGN": align, "MODELS": models,
             "BLOCK": launch.BLOCK, "TILE": launch.TILE,
         }  # fmt: skip
         yield Configuration(linear_merge._linear_merge, TABLE, {"SHARED": False, **fixed}, launch.WARPS)
@@ -134,7 +134,7 @@ def statistics(dtype: tl.dtype) -> Iterator[Configuration]:
 
 
 def usage(configuration: Configuration, architecture: int) -> Usage:
-    """Compile one configuration; torch's allocations and tables are aligned, so pointers are taken as such."""
+    """Compile one configuration. Pointers are aligned: they are tables and allocations of torch."""
     names = list(configuration.kernel.arg_names)
     signature = {name: configuration.arguments.get(name, "constexpr") for name in names}
     aligned = {

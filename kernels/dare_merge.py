@@ -1,7 +1,7 @@
 """DARE: drop at random, then add up or elect and average.
 
-Traffic: reads base and n tuned tensors once, writes out once: (n + 2) * numel * sizeof(T). One pass; masks are drawn
-in registers. drop_rescale: 2 * numel * sizeof(T).
+Traffic: reads base and n tuned tensors once, writes out once: (n + 2) * numel * sizeof(T). One pass; masks
+are drawn in registers. drop_rescale: 2 * numel * sizeof(T).
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from pykernels.kernels.ties_merge import COMBINE
 @triton.jit(do_not_specialize=["jobs", "stride", "models"])
 def _dare_merge(
     rows, jobs, stride, models,
-    COMBINE: tl.constexpr, SHARED: tl.constexpr, BASED: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr,
-    ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    COMBINE: tl.constexpr, SHARED: tl.constexpr, SKIP: tl.constexpr, BASED: tl.constexpr,
+    IN: tl.constexpr, TO: tl.constexpr, ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    merge_block(rows, jobs, stride, models, RANDOM, COMBINE, SHARED, BASED, IN, TO, ALIGN, MODELS, BLOCK, TILE)
+    merge_block(
+        rows, jobs, stride, models, RANDOM, COMBINE, SHARED, SKIP, BASED, IN, TO, ALIGN, MODELS, BLOCK, TILE
+    )
 
 
 def dare_merge(

@@ -1,6 +1,8 @@
-"""Dot products of a gradient with every task vector, per block of 4096 elements: what AdaMerging differentiates.
+"""Dot products of a gradient with every task vector, per block of 4096 elements: what AdaMerging
+differentiates.
 
-Traffic: reads 3 * n * numel elements, of which gradient and base n times from the cache, and writes 8 * n bytes a block.
+Traffic: reads 3 * n * numel elements, of which gradient and base n times from the cache, and writes 8 * n
+bytes a block.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def _dot_products(
 
 
 def dot_products(grad: torch.Tensor, base: torch.Tensor | None, tuned: Tensors) -> torch.Tensor:
-    """Sums [blocks, n] in float64 of grad * delta per block of 4096 elements; ``grad`` has a dtype of its own."""
+    """Sums [blocks, n] in float64 of grad * delta per block of 4096 elements; ``grad`` has its own dtype."""
     n, blocks = len(tuned), -(-tuned[0].numel() // L1_BLOCK)
     sums = torch.empty(blocks, n, dtype=torch.float64, device=tuned[0].device)
     if blocks:

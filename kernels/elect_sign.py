@@ -10,30 +10,44 @@ import triton
 import triton.language as tl
 
 from pykernels.kernels.lanes import read, write
-from pykernels.kernels.launch import BLOCK, READS, TILE, Job, Launch, Numbers, Tensors, alignment
+from pykernels.kernels.launch import BLOCK, READS, Job, Launch, Numbers, Tensors, alignment
 from pykernels.kernels.table import NUMEL, OUT, TUNED, WEIGHT, floats
 
 
-@triton.jit(do_not_specialize=["jobs", "stride", "models"])
-def _elect_sign(
-    rows, jobs, stride, models, PLAIN: tl.constexpr, IN: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit
+def elect_lanes(
+    row, start, limit, models,
+    PLAIN: tl.constexpr, IN: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One job. A NaN casts no vote: there is no merged value that could carry it."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    """Elements ``start`` to ``start + limit``. A NaN casts no vote: there is no value that could carry it."""
     lane = tl.arange(0, BLOCK)
-    mask = lane < tl.load(rows + NUMEL) - start
+    mask = lane < limit
     pos = tl.zeros([BLOCK], tl.float32)
     neg = pos
     m = 0
     while m < models:
-        vote = read(tl.load(rows + TUNED + m), start, lane, mask, IN, ALIGN, False)
+        vote = read(tl.load(row + TUNED + m), start, lane, mask, IN, ALIGN, WHOLE)
         if not PLAIN:
-            vote = vote * tl.load(floats(rows, WEIGHT) + m)
+            vote = vote * tl.load(floats(row, WEIGHT) + m)
         pos += tl.where(vote > 0, vote, 0.0)
         neg += tl.where(vote < 0, vote, 0.0)
         m += 1
     sign = tl.where(pos < -neg, 255, 1).to(tl.uint8)
-    write(tl.load(rows + OUT), start, lane, mask, sign, 1, False)
+    write(tl.load(row + OUT), start, lane, mask, sign, ALIGN, WHOLE)
+
+
+@triton.jit(do_not_specialize=["jobs", "stride", "models"])
+def _elect_sign(
+    rows, jobs, stride, models,
+    PLAIN: tl.constexpr, IN: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK of the one job."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    limit = tl.minimum(tl.load(rows + NUMEL) - start, BLOCK).to(tl.int32)
+    if ALIGN == 16 and limit == BLOCK:
+        elect_lanes(rows, start, limit, models, PLAIN, IN, ALIGN, BLOCK, True)
+    else:
+        elect_lanes(rows, start, limit, models, PLAIN, IN, ALIGN, BLOCK, False)
 
 
 def elect_sign(out: torch.Tensor, deltas: Tensors, weight: Numbers, elect: str) -> None:
@@ -46,6 +60,6 @@ def elect_sign(out: torch.Tensor, deltas: Tensors, weight: Numbers, elect: str) 
         -(-job.numel // BLOCK),
         PLAIN=elect == "plain",
         IN=READS[deltas[0].dtype],
-        ALIGN=min(1, alignment(job)),
+        ALIGN=alignment(job),
         BLOCK=BLOCK,
     )

@@ -1,7 +1,8 @@
 """The exact cut of every model, and histograms for a cut over many chunks.
 
-Traffic: kth_magnitude reads (n + 1) * numel * sizeof(T) once and a little again (:mod:`pykernels.kernels.selection`).
-magnitude_histogram reads 2 * n * numel * sizeof(T) and counts with integer atomics into 8 copies of its bins.
+Traffic: kth_magnitude reads (n + 1) * numel * sizeof(T) once and a little again
+(:mod:`pykernels.kernels.selection`). magnitude_histogram reads 2 * n * numel * sizeof(T) and counts with
+integer atomics into 8 copies of its bins.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ COPIES = 8
 
 
 def kth_magnitude(base: torch.Tensor | None, tuned: Tensors, k: list[int]) -> Cut:
-    """The exact cut of every model, int64 tensors [n] on the device: among equals the lowest flat index first."""
+    """The exact cut of every model, int64 tensors [n] on the device; the lowest index first."""
     numel = tuned[0].numel()
     if not numel:
         none = torch.full((len(k),), NONE_KEPT, dtype=torch.int64, device=tuned[0].device)

@@ -1,6 +1,7 @@
 """Sums of |delta| and of the kept |delta| per block of 4096 elements: the norms of mergekit's DARE rescale.
 
-Traffic: reads 2 * n * numel * sizeof(T), of which base n times from the cache, and writes 16 * n bytes a block.
+Traffic: reads 2 * n * numel * sizeof(T), of which base n times from the cache, and writes 16 * n bytes a
+block.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _l1_norms(
     rows, jobs, stride, models, sums,
     BASED: tl.constexpr, IN: tl.constexpr, ALIGN: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks of one model; the models of the same blocks stand side by side, for base to be in the cache."""
+    """BLOCKS blocks of one model; the models of the same blocks stand side by side, for the cache."""
     m = tl.program_id(0) % models
     first = (tl.program_id(0) // models).to(tl.int64) * BLOCKS
     numel = tl.load(rows + NUMEL)

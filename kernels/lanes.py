@@ -1,8 +1,8 @@
 """What every Triton kernel does to elements: read at any byte address, widen, key, round, write.
 
-Everything works on bits where a cast would do: Triton's interpreter truncates float32 to bfloat16, and no cast
-promises the canonical NaN. Kernels are launched with ``enable_fp_fusion=False``, so a product and a sum are
-rounded one by one, as in ``csrc/math``.
+Everything works on bits where a cast would do: Triton's interpreter truncates float32 to bfloat16, and no
+cast promises the canonical NaN. Kernels are launched with ``enable_fp_fusion=False``, so a product and a sum
+are rounded one by one, as in ``csrc/math``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KEYS = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def fetch(place, mask, WHOLE: tl.constexpr):
-    """Load [..]; 0 where ``mask`` is false. WHOLE says that it is true everywhere, which lets loads be wide."""
+    """Load [..]; 0 where ``mask`` is false. WHOLE: it is true everywhere, which lets loads be wide."""
     if WHOLE:
         bits = tl.load(place)
     else:
@@ -58,7 +58,7 @@ def read(address, start, lane, mask, DTYPE: tl.constexpr, ALIGN: tl.constexpr, W
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
-    """float32 -> bits of DTYPE, to nearest even, any NaN the canonical one; float64 takes the value as it is."""
+    """float32 -> bits of DTYPE, to nearest even, any NaN the canonical one; to float64 exactly."""
     nan = value != value
     if DTYPE == tl.float32:
         bits = tl.where(nan, 0x7FC00000, value.to(tl.uint32, bitcast=True))
@@ -98,11 +98,12 @@ def magnitude(delta):
 
 @triton.jit
 def draws(key, model, call, BLOCK: tl.constexpr):
-    """The 16-bit draws of BLOCK / 128 tiles of 128 elements, [BLOCK] int32, from their calls [BLOCK / 8] int64.
+    """The 16-bit draws of BLOCK / 128 tiles of 128 elements, [BLOCK] int32, from their calls [BLOCK / 8]
+    int64.
 
-    A tile's 16 calls follow each other, and begin at an eighth of its first flat index. Every bit of a call of
-    Philox4x32-10 is used: words [tile, lane, j] become [tile, j, lane], each of which gives two neighbours their
-    draws, the low half first (Decision f of the method notes).
+    A tile's 16 calls follow each other, and begin at an eighth of its first flat index. Every bit of a call
+    of Philox4x32-10 is used: words [tile, lane, j] become [tile, j, lane], each of which gives two neighbours
+    their draws, the low half first (Decision f of the method notes).
     """
     zero = tl.zeros([BLOCK // 8], tl.uint32)
     w0, w1, w2, w3 = tl.philox(

@@ -1,4 +1,4 @@
-"""Jobs to launches: rows of addresses, put on the device without waiting for it, and kernels on its stream."""
+"""Jobs to launches: rows of addresses, put on the device without waiting, and kernels on its stream."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BLOCK = 16384 if INTERPRETED else 1024
 """Elements a program merges: 16 bytes of bfloat16 a thread and tensor, so that n + 1 loads fly at once."""
 WARPS = 4
 UNROLLED = 64 if INTERPRETED else 8
-"""Up to here the loop over models is unrolled; more models share one kernel that loops. (The interpreter can not
-loop up to a number that it was given at run time, from numpy 2.4 on.)"""
+"""Up to here the loop over models is unrolled; more models share one kernel that loops. (The interpreter can
+not loop up to a number that it was given at run time, from numpy 2.4 on.)"""
 
 READS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WRITES = {**READS, torch.float64: tl.float64}
@@ -65,6 +65,7 @@ class Job:
             len(self.tuned),
             self.base is None,
             self.share is None,
+            isinstance(self.weight, torch.Tensor),
             alignment(self),
         )
 
@@ -134,7 +135,9 @@ class Launch:
         self.stride = max(len(row(job, 0, 0)) for job in jobs)
         with self._current():
             self.rows = torch.empty(
-                -(-len(jobs) * self.stride // table.WORDS) * table.WORDS, dtype=torch.int64, device=self.device
+                -(-len(jobs) * self.stride // table.WORDS) * table.WORDS,
+                dtype=torch.int64,
+                device=self.device,
             )
             self._fill(firsts)
 
@@ -188,6 +191,7 @@ def merge(launch: Launch, kernel: Any, **policy: object) -> None:
         kernel,
         launch.tiles * (TILE // BLOCK),
         SHARED=job.share is not None,
+        SKIP=isinstance(job.weight, torch.Tensor),
         BASED=job.base is not None,
         IN=READS[job.tuned[0].dtype],
         TO=WRITES[out.dtype],

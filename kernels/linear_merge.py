@@ -17,10 +17,10 @@ from pykernels.kernels.merge_loop import ALL, SUM, merge_block
 @triton.jit(do_not_specialize=["jobs", "stride", "models"])
 def _linear_merge(
     rows, jobs, stride, models,
-    SHARED: tl.constexpr, BASED: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr, ALIGN: tl.constexpr,
-    MODELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    SHARED: tl.constexpr, SKIP: tl.constexpr, BASED: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr,
+    ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    merge_block(rows, jobs, stride, models, ALL, SUM, SHARED, BASED, IN, TO, ALIGN, MODELS, BLOCK, TILE)
+    merge_block(rows, jobs, stride, models, ALL, SUM, SHARED, SKIP, BASED, IN, TO, ALIGN, MODELS, BLOCK, TILE)
 
 
 def linear_merge(out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, weight: Numbers) -> None:

@@ -1,9 +1,9 @@
 """From the band around a k-th magnitude to the exact key and the last one kept among its equals.
 
-Traffic: _collect reads (n + 1) * numel * sizeof(T) and writes the keys inside the band, 4 bytes each, and 4 bytes per
-tile and model. Each of the ROUNDS rounds, and _equals, reads those keys again; a tile that held more than CAPACITY of
-them, or all tiles if the sample misled, they read from the tensors instead. _locate reads one tile.
-Only integers are counted with atomics, so every run gives the same.
+Traffic: _collect reads (n + 1) * numel * sizeof(T) and writes the keys inside the band, 4 bytes each, and 4
+bytes per tile and model. Each of the ROUNDS rounds, and _equals, reads those keys again; a tile that held
+more than CAPACITY of them, or all tiles if the sample misled, they read from the tensors instead. _locate
+reads one tile. Only integers are counted with atomics, so every run gives the same.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _equals(
     rows, jobs, stride, models, states, counts, buffer,
     BASED: tl.constexpr, IN: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """The number of keys equal to the k-th in each of GROUP tiles of one model, in place of those inside the band.
+    """The number of keys equal to the k-th in each of GROUP tiles of one model, in place of those inside the
+    band.
 
     A band of a single key needs nothing: those inside are the equals.
     """
@@ -196,7 +197,7 @@ def _locate(
     rows, jobs, stride, models, states, counts, key, last, KEEP: tl.constexpr,
     BASED: tl.constexpr, IN: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One model's cut: its key, and the flat index of the last kept among the equals (all of them with KEEP)."""
+    """One model's cut: its key, and the flat index of the last equal to keep (with KEEP: all)."""
     search = tl.program_id(0)
     m = search % models
     row = rows + (search // models).to(tl.int64) * stride

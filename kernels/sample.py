@@ -1,7 +1,9 @@
-"""Where a k-th magnitude lies: exactly for a tensor that one program holds, else a band around it from a sample.
+"""Where a k-th magnitude lies: exactly for a tensor that one program holds, else a band around it from a
+sample.
 
-Traffic: _select_small reads (n + 1) * numel * sizeof(T) once. _sample reads SAMPLE elements at equal distances of base
-and of every model. Neither counts with atomics: a rank is found bit by bit in keys that stay in registers.
+Traffic: _select_small reads (n + 1) * numel * sizeof(T) once. _sample reads SAMPLE elements at equal
+distances of base and of every model. Neither counts with atomics: a rank is found bit by bit in keys that
+stay in registers.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from pykernels.kernels.lanes import KEYS, magnitude, read
 from pykernels.kernels.table import BASE, NUMEL, RANKS, TUNED, integers
 
 STATE = tl.constexpr(8)
-"""Words of a model's search: the band (LOW to HIGH, both within), the number of keys ABOVE and INSIDE it, whether the
-data are to be read again because the sample misled (DATA), whether a round has narrowed the band (ROUNDS)."""
+"""Words of a model's search: the band (LOW to HIGH, both within), the number of keys ABOVE and INSIDE it,
+whether the data are to be read again because the sample misled (DATA), whether a round has narrowed the band
+(ROUNDS)."""
 LOW = tl.constexpr(0)
 HIGH = tl.constexpr(1)
 ABOVE = tl.constexpr(2)

@@ -1,12 +1,13 @@
 """The exact k-th magnitude on the device: which kernels run, in which order, on what scratch memory.
 
-A tensor that one program holds takes one launch. A larger one: a sample gives a band around the k-th key, one pass
-over the tensors counts what lies above it and stores what lies inside, three rounds of a radix selection over what
-was stored narrow the band to one key, and the tie rule "index" finds the last equal to keep. Exact counts prove the
-band; where it misses, the rounds read the tensors instead. The host waits for nothing, so a CUDA graph can hold it.
+A tensor that one program holds takes one launch. A larger one: a sample gives a band around the k-th key, one
+pass over the tensors counts what lies above it and stores what lies inside, three rounds of a radix selection
+over what was stored narrow the band to one key, and the tie rule "index" finds the last equal to keep. Exact
+counts prove the band; where it misses, the rounds read the tensors instead. The host waits for nothing, so a
+CUDA graph can hold it.
 
-Traffic: (n + 1) * numel * sizeof(T), and about a twentieth more for what is stored and read again. Scratch memory:
-TILE / CAPACITY, an eighth, of 4 bytes an element and model.
+Traffic: (n + 1) * numel * sizeof(T), and about a twentieth more for what is stored and read again. Scratch
+memory: TILE / CAPACITY, an eighth, of 4 bytes an element and model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SAMPLE = 32768
 CAPACITY = TILE // 8
 """Keys inside the band that are stored per tile; of a tile that has more, the tensors are read again."""
 DEVIATIONS = 4
-"""Half the band's width in standard deviations of a rank in the sample: one in 16,000 searches reads again."""
+"""Half the band's width, in standard deviations of a rank in the sample: it misses once in 16,000 times."""
 STEP = 4096
 """Tiles whose counts are read at a time to locate the last equal."""
 WARPS, SCANNING, WIDE = 8, 16, 32
@@ -45,7 +46,7 @@ def unit(jobs: list[Job]) -> int:
 
 
 def ranks(k: list[int], numel: int) -> list[int]:
-    """k per model, then the ranks in the sample, from the largest, at the band's upper and at its lower end."""
+    """k per model, then the ranks in the sample, from the largest, at the band's upper and lower end."""
     high, low = [], []
     for count in k:
         rank = count / numel * SAMPLE
@@ -71,9 +72,7 @@ def select(launch: Launch, key: torch.Tensor, last: torch.Tensor, keep: bool = F
     }
     searches = len(launch.jobs) * launch.models
     if small(job):
-        launch.run(
-            sample._select_small, searches, key, last, KEEP=keep, **like, SMALL=SMALL, num_warps=WIDE
-        )
+        launch.run(sample._select_small, searches, key, last, KEEP=keep, **like, SMALL=SMALL, num_warps=WIDE)
         return
     copies = COPIES if len(launch.jobs) == 1 else 1
     groups = launch.tiles // int(rounds.GROUP.value) * launch.models

@@ -1,7 +1,7 @@
 """The table that a launch works from: a row of 64-bit words per tensor, and how a block finds its row.
 
-A row holds addresses, so inputs are read where they are; a float or integer list of the host stands behind the
-addresses in the same row, a tensor of the device at an address of its own: kernels see no difference.
+A row holds addresses, so inputs are read where they are; a float or integer list of the host stands behind
+the addresses in the same row, a tensor of the device at an address of its own: kernels see no difference.
 Traffic: a block reads its row, (16 + n) * 8 bytes, and log2(jobs) words to find it.
 """
 

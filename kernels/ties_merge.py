@@ -1,8 +1,9 @@
-"""TIES: trim by magnitude, elect a sign, average those who agree; with known cuts or with their search before it.
+"""TIES: trim by magnitude, elect a sign, average those who agree; with known cuts or with their search before
+it.
 
-Traffic: ties_merge reads base and n tuned tensors once and writes out once: (n + 2) * numel * sizeof(T), one pass.
-ties_fused adds the selection of ``kth_magnitude``, (n + 1) * numel * sizeof(T) and a little, so two passes; no
-value goes to the host between them. trim: 2 * numel * sizeof(T).
+Traffic: ties_merge reads base and n tuned tensors once and writes out once: (n + 2) * numel * sizeof(T), one
+pass. ties_fused adds the selection of ``kth_magnitude``, (n + 1) * numel * sizeof(T) and a little, so two
+passes; no value goes to the host between them. trim: 2 * numel * sizeof(T).
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ COMBINE = {None: SUM.value, "weighted": WEIGHTED.value, "plain": PLAIN.value}
 @triton.jit(do_not_specialize=["jobs", "stride", "models"])
 def _ties_merge(
     rows, jobs, stride, models,
-    COMBINE: tl.constexpr, SHARED: tl.constexpr, BASED: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr,
-    ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    COMBINE: tl.constexpr, SHARED: tl.constexpr, SKIP: tl.constexpr, BASED: tl.constexpr,
+    IN: tl.constexpr, TO: tl.constexpr, ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    merge_block(rows, jobs, stride, models, LARGE, COMBINE, SHARED, BASED, IN, TO, ALIGN, MODELS, BLOCK, TILE)
+    merge_block(
+        rows, jobs, stride, models, LARGE, COMBINE, SHARED, SKIP, BASED, IN, TO, ALIGN, MODELS, BLOCK, TILE
+    )
 
 
 def ties_merge(
