@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -117,6 +117,13 @@ def _runs_on(name: str) -> str | None:
     return {"cpu": "cpu", "triton": "cpu" if _interpreted() else "cuda"}.get(name)
 
 
+class Chosen(NamedTuple):
+    """A backend and its function for an op; None where no backend has the op."""
+
+    backend: str | None
+    function: Callable[..., Any] | None
+
+
 @functools.cache
 def _function(op: str, backend: str) -> Callable[..., Any]:
     module, _, name = TABLE[op][backend].partition(":")
@@ -125,7 +132,7 @@ def _function(op: str, backend: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _automatic(op: str, device: str, dtype: torch.dtype) -> str | None:
+def _automatic(op: str, device: str, dtype: torch.dtype) -> Chosen:
     reasons = []
     for backend in ORDER.get(device, ("ref",)):
         if backend not in TABLE[op] or (backend != "ref" and dtype not in NATIVE_DTYPES):
@@ -135,8 +142,8 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> str | None:
             continue
         if backend == "ref" and reasons:
             _warn_once(device, "; ".join(reasons))
-        return backend
-    return None
+        return Chosen(backend, _function(op, backend))
+    return Chosen(None, None)
 
 
 @functools.cache
@@ -150,8 +157,8 @@ def _warn_once(device: str, why: str) -> None:
     )
 
 
-def chosen(op: str, like: torch.Tensor) -> str | None:
-    """The backend that runs ``op`` on tensors such as ``like``, or None where no backend has this op.
+def _choose(op: str, like: torch.Tensor) -> Chosen:
+    """The backend that runs ``op`` on tensors such as ``like``.
 
     float64 always goes to the reference: no kernel computes in it.
     """
@@ -163,13 +170,12 @@ def chosen(op: str, like: torch.Tensor) -> str | None:
         raise RuntimeError(
             f"{op}: backend {forced} was forced and does not run on {like.device.type} tensors"
         )
-    return forced if forced in TABLE[op] else None
+    return Chosen(forced, _function(op, forced)) if forced in TABLE[op] else Chosen(None, None)
 
 
 def find(op: str, like: torch.Tensor) -> Callable[..., Any] | None:
     """The function that runs ``op`` on tensors such as ``like``, or None where no backend has this op."""
-    backend = chosen(op, like)
-    return None if backend is None else _function(op, backend)
+    return _choose(op, like).function
 
 
 def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
@@ -178,6 +184,11 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
     if function is None:
         raise RuntimeError(f"{op}: no backend has it for {like.dtype} on {like.device.type}")
     return function
+
+
+def chosen(op: str, like: torch.Tensor) -> str | None:
+    """The name of the backend that runs ``op`` on tensors such as ``like``, None where no backend has it."""
+    return _choose(op, like).backend
 
 
 def device_side(op: str, like: torch.Tensor) -> bool:

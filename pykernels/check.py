@@ -8,13 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 MAX_MODELS = 64
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBERS = frozenset({float, int})
+_PLAIN = frozenset({float, int, list, tuple})
+_NONE = frozenset({bool, list, tuple})
+"""Types that are no numbers, known without a slow question."""
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -83,17 +89,22 @@ def tensors(
     return like
 
 
+def is_tensor(value: object) -> TypeIs[torch.Tensor]:
+    """Whether this is a tensor; the type first, as asking the class is slow."""
+    return type(value) not in _PLAIN and isinstance(value, torch.Tensor)
+
+
 def _is_number(value: object) -> bool:
     """An int, a float or what counts as one; the type first, as asking the abstract class is slow."""
     kind = type(value)
-    return kind is float or kind is int or (kind is not bool and isinstance(value, Real))
+    return kind is float or kind is int or (kind not in _NONE and isinstance(value, Real))
 
 
 def per_model(op: str, name: str, value: float | Sequence[float], n: int) -> list[float]:
     """A finite number, or one per model, as a list of ``n`` floats."""
     if _is_number(value):
         values = [float(value)] * n  # type: ignore[arg-type]
-    elif type(value) is not list and isinstance(value, torch.Tensor) and value.dim() == 0:
+    elif is_tensor(value) and value.dim() == 0:
         values = [float(value)] * n
     else:
         if type(value) in (list, tuple) and not _NUMBERS.issuperset(map(type, value)):  # type: ignore[arg-type]
@@ -204,8 +215,13 @@ def output(
         raise ValueError(f"{op}: out must have the inputs' shape {list(like.shape)}, got {list(out.shape)}")
     if out.device != like.device:
         raise ValueError(f"{op}: out must be on the inputs' device {like.device}, got {out.device}")
+    if not inputs:
+        return
+    start, size, same = out.data_ptr(), like.numel() * like.element_size(), out.dtype == like.dtype
+    end = start + out.numel() * out.element_size()
     for i, tensor in enumerate(inputs):
-        if _partial_overlap(out, tensor):
+        at = tensor.data_ptr()
+        if start < at + size and at < end and not (at == start and same):
             raise ValueError(
                 f"{op}: out must be an input itself or share no memory with it, overlaps input {i} in part"
             )
@@ -215,9 +231,3 @@ def aliases(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
     """Whether ``out`` is one of the inputs."""
     start = out.data_ptr()
     return any(t.data_ptr() == start for t in inputs) and out.numel() > 0
-
-
-def _partial_overlap(out: torch.Tensor, tensor: torch.Tensor) -> bool:
-    a, b = out.data_ptr(), tensor.data_ptr()
-    end_a, end_b = a + out.numel() * out.element_size(), b + tensor.numel() * tensor.element_size()
-    return a < end_b and b < end_a and not (a == b and out.dtype == tensor.dtype)

@@ -51,17 +51,17 @@ def differentiate(op: str, setup_context: Callable[..., None], backward: Callabl
 
 def needed(*coefficients: object) -> bool:
     """Whether a call must go by the operator: it is being compiled, or a coefficient asks for a gradient."""
-    return is_compiling() or wants_gradient(*coefficients)
-
-
-def wants_gradient(*coefficients: object) -> bool:
-    """Whether any of these is a tensor whose gradient is being recorded."""
+    if is_compiling():
+        return True
     for value in coefficients:
-        if type(value) is list or type(value) is float or not isinstance(value, torch.Tensor):
-            continue
-        if value.requires_grad:
-            return torch.is_grad_enabled()
+        if check.is_tensor(value) and wants_gradient(value):
+            return True
     return False
+
+
+def wants_gradient(value: object) -> bool:
+    """Whether this is a tensor whose gradient is being recorded."""
+    return check.is_tensor(value) and value.requires_grad and torch.is_grad_enabled()
 
 
 def call(op: str, out: torch.Tensor | None, *positional: Any, **named: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pykernels import backends, check
+from pykernels.check import is_tensor
 
 Given: TypeAlias = float | Sequence[float] | torch.Tensor
 """A weight as users give it: one number, one per model, or a tensor of either."""
@@ -27,7 +28,7 @@ def weights(op: str, value: Given, like: torch.Tensor, models: int) -> Weights:
 
     Raises ValueError or TypeError, as :mod:`check` words it.
     """
-    if type(value) is list or not isinstance(value, torch.Tensor):
+    if not is_tensor(value):
         return check.per_model(op, "weight", value, models)
     check.coefficient(op, "weight", value, like, models)
     if backends.device_side(op, like):
@@ -37,7 +38,7 @@ def weights(op: str, value: Given, like: torch.Tensor, models: int) -> Weights:
 
 def scalar(op: str, name: str, value: Scalar, like: torch.Tensor) -> Scalar:
     """``lambda_``, checked: a float, or a tensor [] where the kernels of ``op`` read such."""
-    if type(value) is float or not isinstance(value, torch.Tensor):
+    if not is_tensor(value):
         return check.number(op, name, value)
     check.coefficient(op, name, value, like, None)
     return value.detach() if backends.device_side(op, like) else check.number(op, name, value.item())
@@ -45,21 +46,21 @@ def scalar(op: str, name: str, value: Scalar, like: torch.Tensor) -> Scalar:
 
 def split(op: str, value: Given, models: int) -> tuple[list[float] | None, torch.Tensor | None]:
     """``weight`` as a schema has it: numbers, or a tensor, and None for the other."""
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return None, value
     return check.per_model(op, "weight", value, models), None
 
 
 def split_scalar(op: str, name: str, value: Scalar) -> tuple[float | None, torch.Tensor | None]:
     """``lambda_`` as a schema has it: a number, or a tensor, and None for the other."""
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return None, value
     return check.number(op, name, value), None
 
 
 def examine(op: str, like: torch.Tensor, models: int, weight: Given) -> None:
     """Check ``weight`` without reading a tensor's values."""
-    if isinstance(weight, torch.Tensor):
+    if is_tensor(weight):
         check.coefficient(op, "weight", weight, like, models)
     else:
         check.per_model(op, "weight", weight, models)
@@ -67,7 +68,7 @@ def examine(op: str, like: torch.Tensor, models: int, weight: Given) -> None:
 
 def examine_scalar(op: str, name: str, like: torch.Tensor, value: Scalar) -> None:
     """Check ``lambda_`` without reading a tensor's value."""
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         check.coefficient(op, name, value, like, None)
     else:
         check.number(op, name, value)
@@ -83,11 +84,17 @@ def joined_scalar(number: float | None, tensor: torch.Tensor | None) -> Scalar:
     return (1.0 if number is None else number) if tensor is None else tensor
 
 
-def taking(weight: Weights) -> list[int]:
+def taking(weight: Weights) -> Sequence[int]:
     """The models that take part: those of weight 0 do not, and kernels see to it where a tensor says so."""
-    if isinstance(weight, torch.Tensor) or 0 not in weight:
-        return list(range(len(weight)))
+    if is_tensor(weight) or 0 not in weight:
+        return range(len(weight))
     return [i for i, w in enumerate(weight) if w != 0]
+
+
+def partaking(tuned: Sequence[torch.Tensor], weight: Weights) -> tuple[Sequence[torch.Tensor], Weights]:
+    """The models that take part, and their weights."""
+    part = taking(weight)
+    return (tuned, weight) if len(part) == len(tuned) else ([tuned[i] for i in part], pick(weight, part))
 
 
 def pick(weight: Weights, models: Sequence[int]) -> Weights:
@@ -97,19 +104,20 @@ def pick(weight: Weights, models: Sequence[int]) -> Weights:
 
 def narrow(value: Weights) -> Weights:
     """As kernels take it: numbers as they are, a tensor [n] in contiguous float32."""
-    return value.to(torch.float32).contiguous() if isinstance(value, torch.Tensor) else value
+    return value.to(torch.float32).contiguous() if is_tensor(value) else value
 
 
 def narrow_scalar(value: Scalar) -> Scalar:
     """As kernels take it: a number as it is, a tensor [] in float32."""
-    return value.to(torch.float32) if isinstance(value, torch.Tensor) else value
+    return value.to(torch.float32) if is_tensor(value) else value
 
 
-def fold(weight: Weights, scale: Weights | Scalar, total: Scalar, like: torch.Tensor) -> Weights:
+def fold(weight: Weights, scale: list[float] | Scalar, total: Scalar, like: torch.Tensor) -> Weights:
     """weight * scale / total per model: numbers, or a float32 tensor when any of them is a tensor."""
-    if not any(isinstance(x, torch.Tensor) for x in (weight, scale, total)):
-        scales = [scale] * len(weight) if isinstance(scale, float) else scale
-        return [w * s / total for w, s in zip(weight, scales, strict=True)]
+    if not (is_tensor(weight) or is_tensor(scale) or is_tensor(total)):
+        if isinstance(scale, list):
+            return [w * s / total for w, s in zip(weight, scale, strict=True)]
+        return [w * scale / total for w in weight]
     # Tensor by tensor: CUDA divides by a number by multiplying with its reciprocal.
     product = wide(weight, like) * wide(scale, like)
     return (product / wide(total, like)).to(torch.float32)
@@ -117,16 +125,16 @@ def fold(weight: Weights, scale: Weights | Scalar, total: Scalar, like: torch.Te
 
 def wide(value: Weights | Scalar, like: torch.Tensor) -> torch.Tensor:
     """float64 on the device of ``like``; numbers get there as arguments of fills, which nobody waits for."""
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return value.to(torch.float64)
-    if isinstance(value, float):
+    if isinstance(value, float | int):
         return torch.full((), value, dtype=torch.float64, device=like.device)
     return torch.stack([wide(float(v), like) for v in value])
 
 
 def divisor(weight: Weights) -> Scalar:
     """The sum of the weights, exactly 0 becoming 1."""
-    if isinstance(weight, torch.Tensor):
+    if is_tensor(weight):
         summed = sum_of(weight)
         return summed.where(summed != 0, 1.0)
     total, size = 0.0, 0.0  # a loop, as sum() compensates from Python 3.12 on

@@ -57,7 +57,7 @@ class DarePass(NamedTuple):
             self.key,
             fold(self.weight, scale, total, out),
             narrow(scale) if self.elect == "plain" else None,
-            shares(self.normalize, self.weight) if self.elect else None,
+            shares(self.normalize, narrow(self.weight)) if self.elect else None,
             narrow_scalar(self.lambda_),
             self.elect,
             offset,
@@ -79,7 +79,7 @@ def dare_pass(
     """Draw up the pass of one tensor from checked arguments."""
     part = taking(weight)
     return DarePass(
-        part,
+        list(part),
         pick(weight, part),
         [draw_threshold(density[i]) for i in part],
         mask_key(seed, name),

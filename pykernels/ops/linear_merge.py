@@ -16,9 +16,8 @@ from pykernels.ops.coefficients import (
     examine,
     fold,
     joined,
-    pick,
+    partaking,
     split,
-    taking,
     weights,
 )
 
@@ -82,13 +81,12 @@ def linear_pass(
     out: torch.Tensor, tensors: Sequence[torch.Tensor], weight: Weights, *, normalize: bool
 ) -> None:
     """One chunk of :func:`linear_merge`, arguments checked: the divisor is folded into the weights."""
-    part = taking(weight)
-    if not part:
+    tensors, weight = partaking(tensors, weight)
+    if not tensors:
         out.detach().zero_()
         return
-    total = divisor(weight) if normalize else 1.0
-    folded = fold(pick(weight, part), 1.0, total, out)
-    backends.call("linear_merge", tensors[0])(out, None, [tensors[i] for i in part], folded)
+    folded = fold(weight, 1.0, divisor(weight) if normalize else 1.0, out)
+    backends.call("linear_merge", tensors[0])(out, None, tensors, folded)
 
 
 def _run(

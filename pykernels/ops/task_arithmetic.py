@@ -19,11 +19,10 @@ from pykernels.ops.coefficients import (
     fold,
     joined,
     joined_scalar,
-    pick,
+    partaking,
     scalar,
     split,
     split_scalar,
-    taking,
     weights,
 )
 
@@ -66,7 +65,7 @@ def task_arithmetic(
     if library.needed(weight, lambda_):
         inputs = library.inputs(OP, base, tuned)
         check.choice(OP, "normalize", normalize, (True, False))
-        if library.wants_gradient(weight, lambda_):
+        if library.wants_gradient(weight) or library.wants_gradient(lambda_):
             check.no_out(OP, out)
         numbers = (*split(OP, weight, len(tuned)), *split_scalar(OP, "lambda_", lambda_))
         return library.call(OP, out, *inputs, *numbers, normalize=normalize, out_dtype=out_dtype)
@@ -103,13 +102,12 @@ def arithmetic_pass(
     """One chunk of :func:`task_arithmetic`, arguments checked: lambda and divisor are folded into the
     weights.
     """
-    part = taking(weight)
-    if not part:
+    tuned, weight = partaking(tuned, weight)
+    if not tuned:
         nothing(out, base)
         return
-    total = divisor(weight) if normalize else 1.0
-    folded = fold(pick(weight, part), lambda_, total, out)
-    backends.call("task_arithmetic", tuned[0])(out, base, [tuned[i] for i in part], folded)
+    folded = fold(weight, lambda_, divisor(weight) if normalize else 1.0, out)
+    backends.call("task_arithmetic", tuned[0])(out, base, tuned, folded)
 
 
 def nothing(out: torch.Tensor, base: torch.Tensor | None) -> None:

@@ -22,7 +22,7 @@ def shares(normalize: bool | str, weight: Weights) -> Weights | None:
     """What every agreeing model adds to the divisor: its weight, 1, or no division at all."""
     if normalize is False:
         return None
-    return [1.0] * len(weight) if normalize == "count" else narrow(weight)
+    return [1.0] * len(weight) if normalize == "count" else weight
 
 
 def ties_pass(
@@ -43,13 +43,13 @@ def ties_pass(
         nothing(out, base)
         return
     cut = cut or Cut([0] * len(weight), [KEEP_ALL_EQUALS] * len(weight))
-    weight = pick(weight, part)
+    weight = narrow(pick(weight, part))
     backends.call("ties_merge", tuned[0])(
         out,
         base,
         [tuned[i] for i in part],
         cut.pick(part),
-        narrow(weight),
+        weight,
         [1.0] * len(part) if elect == "plain" else None,
         shares(normalize, weight),
         narrow_scalar(lambda_),
@@ -77,14 +77,16 @@ def ties_whole(
     part = taking(weight)
     if not part:
         return False
-    weight = pick(weight, part)
+    if len(part) < len(tuned):
+        tuned, density = [tuned[i] for i in part], [density[i] for i in part]
+    weight = narrow(pick(weight, part))
     fused(
         out,
         base,
-        [tuned[i] for i in part],
-        counts([density[i] for i in part], tuned[0].numel()),
+        tuned,
+        counts(density, tuned[0].numel()),
         tie,
-        narrow(weight),
+        weight,
         [1.0] * len(part) if elect == "plain" else None,
         shares(normalize, weight),
         narrow_scalar(lambda_),
