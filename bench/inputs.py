@@ -51,26 +51,28 @@ class Inputs:
         return [self.base, *self.tuned]
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, slot: int) -> torch.Tensor:
+def empty(
+    shape: tuple[int, ...], dtype: torch.dtype, slot: int, device: str | torch.device = "cpu"
+) -> torch.Tensor:
     """An uninitialised tensor whose address is ``slot * STAGGER`` bytes into a page."""
     nbytes = math.prod(shape) * dtype.itemsize
-    raw = torch.empty(nbytes + 8192, dtype=torch.uint8)
+    raw = torch.empty(nbytes + 8192, dtype=torch.uint8, device=device)
     start = -raw.data_ptr() % 4096 + slot * STAGGER % 4096
     return raw[start : start + nbytes].view(dtype).view(shape)
 
 
-def make(spec: Spec, seed: int = 0) -> Inputs:
+def make(spec: Spec, seed: int = 0, device: str | torch.device = "cpu") -> Inputs:
     """Base ~ N(0, 0.02^2); deltas of the spec's kind with an rms of about 0.002 (heavy ties: 0.0002)."""
-    random = torch.Generator().manual_seed(seed)
-    base = torch.randn(spec.shape, generator=random).mul_(_SIGMA_BASE)
-    base_out = empty(spec.shape, spec.dtype, 0).copy_(base)
+    random = torch.Generator(device).manual_seed(seed)
+    base = _normal(spec.shape, random).mul_(_SIGMA_BASE)
+    base_out = empty(spec.shape, spec.dtype, 0, device).copy_(base)
     # The delta is added to the base as it was rounded, as a fine-tune starts from the stored weights.
     base.copy_(base_out)
     tuned = []
     for i in range(spec.n):
         delta = _DELTAS[spec.data](spec.shape, random)
-        tuned.append(empty(spec.shape, spec.dtype, i + 1).copy_(delta.add_(base)))
-    out = empty(spec.shape, spec.dtype, spec.n + 1).fill_(1.0)
+        tuned.append(empty(spec.shape, spec.dtype, i + 1, device).copy_(delta.add_(base)))
+    out = empty(spec.shape, spec.dtype, spec.n + 1, device).fill_(1.0)
     return Inputs(base_out, tuned, out)
 
 
@@ -90,24 +92,32 @@ def last_level_cache() -> int:
     return max(found)
 
 
+def _normal(shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=random, device=random.device)
+
+
+def _exponential(shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
+    """Its negative: the logarithm of uniform numbers."""
+    return torch.rand(shape, generator=random, device=random.device).log_()
+
+
 def _gaussian(shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, generator=random).mul_(_SIGMA_DELTA)
+    return _normal(shape, random).mul_(_SIGMA_DELTA)
 
 
 def _heavy_ties(shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, generator=random).mul_(_SIGMA_DELTA / 10)
+    return _normal(shape, random).mul_(_SIGMA_DELTA / 10)
 
 
 def _student(shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
     """Student-t with 4 degrees of freedom: a chi-square of 4 is twice the sum of two exponentials."""
-    chi = torch.rand(shape, generator=random).log_()
-    chi.add_(torch.rand(shape, generator=random).log_()).mul_(-0.5).clamp_(min=1e-6)
-    return torch.randn(shape, generator=random).div_(chi.sqrt_()).mul_(_SIGMA_DELTA / math.sqrt(2))
+    chi = _exponential(shape, random).add_(_exponential(shape, random)).mul_(-0.5).clamp_(min=1e-6)
+    return _normal(shape, random).div_(chi.sqrt_()).mul_(_SIGMA_DELTA / math.sqrt(2))
 
 
 def _block_scaled(shape: tuple[int, int], random: torch.Generator) -> torch.Tensor:
     """Every block of 128 columns has its own scale, log-normal with sigma 1."""
-    scale = torch.randn(1, math.ceil(shape[1] / 128), generator=random).exp_()
+    scale = _normal((1, math.ceil(shape[1] / 128)), random).exp_()
     return _gaussian(shape, random).mul_(scale.repeat_interleave(128, 1)[:, : shape[1]])
 
 

@@ -15,20 +15,25 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the model; the defaults give 0.57 GB in bfloat16."""
+    """Sizes of the model; the defaults give 0.57 GB in bfloat16.
+
+    ``key_value``: rows of the key and value projections, as many as ``hidden`` unless heads share them.
+    """
 
     hidden: int = 2048
     layers: int = 3
     intermediate: int = 5632
     vocabulary: int = 32000
+    key_value: int | None = None
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Tensor names and shapes, embeddings untied."""
-        h, i = self.hidden, self.intermediate
+        h, i, kv = self.hidden, self.intermediate, self.key_value or self.hidden
         yield "model.embed_tokens.weight", (self.vocabulary, h)
         for layer in range(self.layers):
             at = f"model.layers.{layer}"
-            yield from ((f"{at}.self_attn.{p}_proj.weight", (h, h)) for p in "qkvo")
+            for p, rows in zip("qkvo", (h, kv, kv, h), strict=True):
+                yield f"{at}.self_attn.{p}_proj.weight", (rows, h)
             yield from ((f"{at}.mlp.{p}_proj.weight", (i, h)) for p in ("gate", "up"))
             yield f"{at}.mlp.down_proj.weight", (h, i)
             yield from ((f"{at}.{p}_layernorm.weight", (h,)) for p in ("input", "post_attention"))
@@ -50,11 +55,15 @@ class Layout:
             "num_hidden_layers": self.layers,
             "vocab_size": self.vocabulary,
             "num_attention_heads": self.hidden // 64,
-            "num_key_value_heads": self.hidden // 64,
+            "num_key_value_heads": (self.key_value or self.hidden) // 64,
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
         }
+
+
+LLAMA_8B = Layout(hidden=4096, layers=32, intermediate=14336, vocabulary=128256, key_value=1024)
+"""8.03 G parameters: Llama 3's shapes at 8B."""
 
 
 def write(folder: Path, layout: Layout, *, tuned: int = 3, seed: int = 0) -> list[Path]:

@@ -72,12 +72,12 @@ def measure(peer: Peer, case: Case, inputs: Inputs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare(peer: Peer, case: Case) -> float:
+def compare(peer: Peer, case: Case, device: str | torch.device = "cpu") -> float:
     """Largest difference on small float32 inputs, in units of a delta's rms; raises where results disagree.
 
     Where elements tie at the threshold, their choice is theirs: one in ten thousand elements may differ.
     """
-    x = make(CHECK, seed=1)
+    x = make(CHECK, seed=1, device=device)
     random = case.op == "dare_merge"
     exact = _with(case, density=1.0) if random else case
     theirs = peer.theirs(exact, x)().clone()  # some write into the buffer that ours writes into
@@ -137,7 +137,8 @@ def _deltas(x: Inputs) -> list[torch.Tensor]:
 def _peft(case: Case, x: Inputs) -> Call:
     """PEFT's ``merge_utils`` on task vectors, which is what it takes."""
     utils = importlib.import_module("peft.utils.merge_utils")
-    deltas, w, density = _deltas(x), torch.tensor(weights(x)), case.options["density"]
+    deltas, density = _deltas(x), case.options["density"]
+    w = torch.tensor(weights(x), device=x.base.device)
     name = (
         "ties" if case.op == "ties_merge" else "dare_ties" if case.options.get("consensus") else "dare_linear"
     )

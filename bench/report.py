@@ -76,7 +76,7 @@ def save(run: Run, path: Path | None = None) -> Path:
         checkout()
         path = RESULTS / f"{slug(run['machine'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(run), indent=1) + "\n")
+    path.write_text(json.dumps(rounded(run), indent=1) + "\n")
     return path
 
 
@@ -109,6 +109,10 @@ def target(row: Row) -> str:
 
 def markdown(run: Run) -> str:
     """A run as a Markdown section: what it ran on, its controls, its rows."""
+    if run.get("kind") == "device":
+        from pykernels.bench import gpu_report
+
+        return gpu_report.markdown(run)
     about, control = run["machine"], run["controls"]
     peers = ", ".join(f"{name} {number}" for name, number in about["peers"].items())
     lines = [
@@ -165,13 +169,13 @@ def write_readme(path: Path, *, check: bool = False) -> bool:
     return new == old
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four significant digits: the rest is noise and makes diffs unreadable."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _cpu() -> str:

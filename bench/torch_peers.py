@@ -33,7 +33,7 @@ def tuned(case: Case, x: Inputs) -> Call:
 
 
 def _column(x: Inputs) -> torch.Tensor:
-    return torch.tensor(weights(x)).view(-1, 1, 1)
+    return torch.tensor(weights(x), device=x.base.device).view(-1, 1, 1)
 
 
 def _stacked(x: Inputs) -> torch.Tensor:
@@ -41,7 +41,7 @@ def _stacked(x: Inputs) -> torch.Tensor:
 
 
 def _naive_linear(case: Case, x: Inputs) -> Call:
-    w = torch.tensor([1.0, *weights(x)]).view(-1, 1, 1)
+    w = torch.tensor([1.0, *weights(x)], device=x.base.device).view(-1, 1, 1)
     return lambda: ((torch.stack([t.float() for t in x.all]) * w).sum(0) / w.sum()).to(x.base.dtype)
 
 
@@ -86,7 +86,7 @@ def _naive_dare(case: Case, x: Inputs) -> Call:
 
 def _tuned_linear(case: Case, x: Inputs) -> Call:
     w = [1.0, *weights(x)]
-    total = torch.empty(x.base.shape)
+    total = torch.empty_like(x.base, dtype=torch.float32)
 
     def run() -> torch.Tensor:
         total.copy_(x.base).mul_(w[0] / sum(w))
@@ -99,7 +99,7 @@ def _tuned_linear(case: Case, x: Inputs) -> Call:
 
 def _tuned_arithmetic(case: Case, x: Inputs) -> Call:
     w = weights(x)
-    total = torch.empty(x.base.shape)
+    total = torch.empty_like(x.base, dtype=torch.float32)
 
     def run() -> torch.Tensor:
         total.copy_(x.base).mul_(1 - sum(w))
@@ -128,8 +128,8 @@ def _elected(x: Inputs, votes: list[torch.Tensor], *, mean: bool) -> torch.Tenso
 def _tuned_ties(case: Case, x: Inputs) -> Call:
     numel = x.base.numel()
     k = max(1, int(case.options["density"] * numel))
-    votes = [torch.empty(x.base.shape) for _ in x.tuned]
-    magnitude = torch.empty(x.base.shape)
+    votes = [torch.empty_like(x.base, dtype=torch.float32) for _ in x.tuned]
+    magnitude = torch.empty_like(x.base, dtype=torch.float32)
 
     def run() -> torch.Tensor:
         for vote, t, w in zip(votes, x.tuned, weights(x), strict=True):
@@ -144,8 +144,8 @@ def _tuned_ties(case: Case, x: Inputs) -> Call:
 
 def _tuned_dare(case: Case, x: Inputs) -> Call:
     density = case.options["density"]
-    votes = [torch.empty(x.base.shape) for _ in x.tuned]
-    mask = torch.empty(x.base.shape)
+    votes = [torch.empty_like(x.base, dtype=torch.float32) for _ in x.tuned]
+    mask = torch.empty_like(x.base, dtype=torch.float32)
 
     def run() -> torch.Tensor:
         for vote, t, w in zip(votes, x.tuned, weights(x), strict=True):

@@ -1,0 +1,136 @@
+"""What a run on one H200 has to reach, as data, and whether it did.
+
+``python -m pykernels.bench.gpu_targets RUN OUT`` judges the run in one file, prints it and writes the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]
+Found = Iterator[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on figures of a run: at least ``must`` ("least") or at most, and what is hoped for.
+
+    ``figures``: (name, value) of every row that it holds for, each on its faster backend.
+    """
+
+    about: str
+    unit: str
+    least: bool
+    must: float
+    aim: float | None
+    figures: Callable[[Run], Found]
+
+    def judge(self, run: Run) -> dict[str, Any]:
+        """The worst figure and whether it is within the bound; None, with the reason, without figures."""
+        found = sorted(self.figures(run), key=lambda item: item[1], reverse=not self.least)
+        row: dict[str, Any] = {"about": self.about, "unit": self.unit, "must": self.must, "aim": self.aim}
+        row["least"] = self.least
+        if not found:
+            return row | {"met": None, "why": "not measured"}
+        name, value = found[0]
+        met, aimed = self._within(value, self.must), self.aim and self._within(value, self.aim)
+        return row | {"met": met, "aim_met": aimed, "worst": name, "value": value, "rows": len(found)}
+
+    def _within(self, value: float, bound: float) -> bool:
+        return value >= bound if self.least else value <= bound
+
+
+def _rows(*ops: str) -> Callable[[Run], Iterator[dict[str, Any]]]:
+    def rows(run: Run) -> Iterator[dict[str, Any]]:
+        for row in run.get("table", {}).get("rows", ()):
+            if row["op"] in ops and row["dtype"] == "bfloat16" and row["n"] == 3 and "fastest" in row:
+                yield row
+
+    return rows
+
+
+def _share(*ops: str) -> Callable[[Run], Found]:
+    """Percent of the copy's bandwidth, by the least bytes of one pass."""
+    return lambda run: ((r["name"], 100 * r["backends"][r["fastest"]]["of_copy"]) for r in _rows(*ops)(run))
+
+
+def _reads(*ops: str) -> Callable[[Run], Found]:
+    """Times of one read of the inputs at the copy's bandwidth."""
+    return lambda run: ((r["name"], 1 / r["backends"][r["fastest"]]["of_copy"]) for r in _rows(*ops)(run))
+
+
+def _whole(run: Run) -> Found:
+    """Milliseconds of the whole layout by TIES."""
+    for title, columns in run.get("llama", {}).get("methods", {}).items():
+        ms = [c["ms"] for c in columns.values() if "ms" in c]
+        if title.startswith("ties") and ms:
+            yield title, min(ms)
+
+
+def _ratio(peer: str, op: str) -> Callable[[Run], Found]:
+    """How many times longer a peer takes; nothing where it did not run."""
+
+    def figures(run: Run) -> Found:
+        for row in run.get("peers", {}).get("rows", ()):
+            for other in row["peers"]:
+                if row["op"] == op and other["name"] == peer and "x" in other:
+                    yield row["name"], other["x"]
+
+    return figures
+
+
+TARGETS = (
+    Target("linear_merge, task_arithmetic, the TIES merge pass", "% of copy", True, 85, 93,
+           _share("linear_merge", "task_arithmetic", "ties_pass")),
+    Target("dare_merge", "% of copy", True, 60, 85, _share("dare_merge")),
+    Target("kth_magnitude, 3 models", "x one read", False, 1.7, 1.2, _reads("kth_magnitude")),
+    Target("ties_merge as a whole", "% of the one-pass ideal", True, 40, 60, _share("ties_merge")),
+    Target("whole 8B layout, TIES, one CUDA graph", "ms", False, 80, 50, _whole),
+    Target("against mergekit's TIES", "x", True, 30, None, _ratio("mergekit", "ties_merge")),
+    Target("against mergekit's DARE", "x", True, 8, None, _ratio("mergekit", "dare_merge")),
+)  # fmt: skip
+"""On one H200, bfloat16, base + 3 tuned, against the copy bandwidth measured in that run."""
+
+
+def judge(run: Run) -> list[dict[str, Any]]:
+    """Every target against the run; they are set for an H200, another device is judged by them too."""
+    return [target.judge(run) for target in TARGETS]
+
+
+def fastest(run: Run) -> dict[str, str]:
+    """The backend that each op should take, by the geometric mean of the ratios over rows with both."""
+    logs: dict[str, list[float]] = {}
+    for row in run.get("table", {}).get("rows", ()):
+        ms = {b: c["ms"] for b, c in row["backends"].items() if "ms" in c}
+        if {"cuda", "triton"} <= ms.keys():
+            logs.setdefault(row["op"], []).append(math.log(ms["triton"] / ms["cuda"]))
+    return {op: "cuda" if sum(values) >= 0 else "triton" for op, values in logs.items()}
+
+
+def words(row: dict[str, Any]) -> str:
+    """One target as a line."""
+    bound = f"{'>=' if row['least'] else '<='} {row['must']:g} {row['unit']}"
+    if row["met"] is None:
+        return f"{row['about']}: {bound}: {row['why']}"
+    return (
+        f"{row['about']}: {bound}: {'met' if row['met'] else 'NOT MET'} ({row['value']:.3g}, {row['worst']})"
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Judge a run: {"rows": one per target, "fastest": the backend per op}."""
+    run = json.loads(Path(arguments[0]).read_text())
+    judged = {"rows": judge(run), "fastest": fastest(run)}
+    Path(arguments[1]).write_text(json.dumps(judged, indent=1) + "\n")
+    print("\n".join(map(words, judged["rows"])))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

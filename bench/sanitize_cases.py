@@ -1,0 +1,160 @@
+"""Every row of the table of backends once, small, odd-sized and misaligned: what compute-sanitizer watches.
+
+``compute-sanitizer --tool memcheck python -m pykernels.bench.sanitize_cases``. Results are compared with the
+CPU kernels' too. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import pykernels
+from pykernels import backends
+from pykernels.bench.gpu_table import able
+from pykernels.bench.inputs import Inputs, Spec, make
+from pykernels.cut import Cut
+from pykernels.grouping import grouped
+
+SHAPES = ((1, 1031), (1, 20_483))
+"""Past one block; past the sample of the selection."""
+
+MASKS: tuple[list[int], list[int], int] = ([30_000, 65_536, 9], [0, 3, 7], 99)
+WEIGHT = [0.5, -0.25, 0.3]
+RULES: tuple[tuple[list[float] | None, list[float] | None, str | None], ...] = (
+    (None, WEIGHT, "weighted"), ([1.0, 1.5, 1.0], None, "plain"), (None, None, None),
+)  # fmt: skip
+"""vote, share and elect."""
+
+Results = list[torch.Tensor]
+Row = Callable[[Callable[..., Any], Inputs], Results]
+
+
+def _merge(function: Callable[..., Any], x: Inputs, *arguments: Any) -> torch.Tensor:
+    out = _odd(torch.full_like(x.out, float("nan")))
+    function(out, *arguments)
+    return out
+
+
+def _odd(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that ends where its memory ends and does not begin where it begins."""
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
+def _ranks(x: Inputs) -> list[int]:
+    return [x.base.numel() // 3, x.base.numel(), 1]
+
+
+def _linear(function: Callable[..., Any], x: Inputs) -> Results:
+    on_device = torch.tensor(WEIGHT, device=x.base.device) if x.base.is_cuda else WEIGHT
+    return [_merge(function, x, x.base, x.tuned, WEIGHT), _merge(function, x, None, x.tuned, on_device)]
+
+
+def _ties(function: Callable[..., Any], x: Inputs) -> Results:
+    cut = Cut([0x3A83126F, 0, 0xFFFFFFFF], [500, 2**62, -1])
+    return [_merge(function, x, x.base, x.tuned, cut, WEIGHT, v, s, 0.7, e, 4096) for v, s, e in RULES]
+
+
+def _fused(function: Callable[..., Any], x: Inputs) -> Results:
+    k = _ranks(x)
+    return [
+        _merge(function, x, x.base, x.tuned, k, tie, WEIGHT, v, s, 0.7, e)
+        for tie in ("index", "keep")
+        for v, s, e in RULES
+    ]
+
+
+def _dare(function: Callable[..., Any], x: Inputs) -> Results:
+    return [_merge(function, x, x.base, x.tuned, *MASKS, WEIGHT, v, s, 0.7, e, 4096) for v, s, e in RULES]
+
+
+def _kth(function: Callable[..., Any], x: Inputs) -> Results:
+    """The cut as a selection: the two numbers have several right forms where all are kept."""
+    cut = function(x.base, x.tuned, _ranks(x))
+    key, last = (torch.as_tensor(part, dtype=torch.int64).cpu() for part in cut)
+    return [key[[0, 2]], last[[0, 2]]]
+
+
+def _signs(function: Callable[..., Any], x: Inputs) -> Results:
+    outs = [_odd(torch.zeros(x.base.shape, dtype=torch.int8, device=x.base.device)) for _ in range(2)]
+    for out, elect in zip(outs, ("weighted", "plain"), strict=True):
+        function(out, x.tuned, WEIGHT, elect)
+    return outs
+
+
+ROWS: dict[str, Row] = {
+    "linear_merge": _linear,
+    "task_arithmetic": _linear,
+    "kth_magnitude": _kth,
+    "ties_merge": _ties,
+    "ties_fused": _fused,
+    "dare_merge": _dare,
+    "l1_norms": lambda f, x: [f(x.base, x.tuned, *MASKS, 4096)],
+    "dot_products": lambda f, x: [f(x.tuned[0], x.base, x.tuned)],
+    "magnitude_histogram": lambda f, x: [f(x.base, x.tuned, 16, None), f(x.base, x.tuned, 0, [0x3A80] * 3)],
+    "elect_sign": _signs,
+    "trim": lambda f, x: [_merge(f, x, x.tuned[0], Cut([0x3C000000], [77]))],
+    "drop_rescale": lambda f, x: [_merge(f, x, x.tuned[0], 30_000, 99, 2.0, 8192)],
+}
+"""What each row of ``backends.TABLE`` is called with; a list of results to compare."""
+
+
+def run(device: torch.device, say: Callable[[str], None] = print) -> int:
+    """Every row on every backend and dtype; returns how many gave other bits than the CPU's."""
+    wrong = 0
+    for backend in able():
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            for shape in SHAPES:
+                on_cpu = make(Spec(shape, dtype, 3), seed=5)
+                x = Inputs(*_placed(on_cpu, device))
+                for op, row in ROWS.items():
+                    with pykernels.use_backend("cpu"):
+                        wanted = row(backends.call(op, on_cpu.base), on_cpu)
+                    with pykernels.use_backend(backend):
+                        got = row(backends.call(op, x.base), x)
+                    same = all(torch.equal(g.cpu(), w) for g, w in zip(got, wanted, strict=True))
+                    wrong += not same
+                    if not same:
+                        say(f"{op} on {backend}, {dtype}, {shape[1]} elements: other bits than the CPU's")
+            wrong += _groups(backend, dtype, device, say)
+        say(f"{backend}: every row ran")
+    return wrong
+
+
+def _placed(x: Inputs, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    return _odd(x.base.to(device)), [_odd(t.to(device)) for t in x.tuned], _odd(x.out.to(device))
+
+
+def _groups(backend: str, dtype: torch.dtype, device: torch.device, say: Callable[[str], None]) -> int:
+    """Three tensors in one launch."""
+    models = [make(Spec((1, numel), dtype, 3), seed=numel) for numel in (1, 63, 4099)]
+    for merge, options in (
+        (pykernels.ties_merge, {"density": 0.4}),
+        (pykernels.dare_merge, {"density": 0.4, "seed": 3}),
+        (pykernels.task_arithmetic, {}),
+    ):
+        placed = [Inputs(*_placed(x, device)) for x in models]
+        with pykernels.use_backend(backend), grouped():
+            for x in placed:
+                merge(x.base, x.tuned, weight=WEIGHT, out=x.out, **options)
+        with pykernels.use_backend("cpu"):
+            wanted = [merge(x.base, x.tuned, weight=WEIGHT, **options) for x in models]
+        if not all(torch.equal(x.out.cpu(), w) for x, w in zip(placed, wanted, strict=True)):
+            say(f"{merge.__name__} in a group on {backend}, {dtype}: other bits than the CPU's")
+            return 1
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """1 where any result is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m pykernels.bench.sanitize_cases")
+    parser.add_argument("--device", default="cuda")
+    return int(run(torch.device(parser.parse_args(arguments).device)) > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
