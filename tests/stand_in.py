@@ -68,7 +68,7 @@ class Queue:
 
 
 class StandIn:
-    """An Accelerator of ``memory`` bytes. ``fault`` hears "upload", "merge" or "download" before each."""
+    """An Accelerator of ``memory`` bytes. ``fault`` hears what it does, before it does it."""
 
     def __init__(
         self,
@@ -135,6 +135,7 @@ class StandIn:
 
     def synchronize(self) -> None:
         """Wait for both directions."""
+        self._fault("synchronize")
         for queue in (self._up, self._down):
             queue.put(lambda: None).wait()
 

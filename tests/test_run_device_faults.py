@@ -78,6 +78,19 @@ def test_a_device_fails(
     nothing_is_left(tmp_path / "out")
 
 
+def test_a_device_that_failed_cannot_hide_why(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(stage: str) -> None:
+        if stage in ("merge", "synchronize"):
+            raise Broken(stage)
+
+    install(monkeypatch, fault=fault)
+    with pytest.raises(Broken, match="merge"):
+        merge(recipe(home, "ties"), tmp_path / "out", device="cuda:0")
+    nothing_is_left(tmp_path / "out")
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_file_cannot_be_read(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int

@@ -12,6 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
+import pykernels
 from pykernels.cli import REFUSED, main
 from pykernels.engine import device as devices
 from pykernels.engine.device import Cuda, cuda_missing, open_devices
@@ -119,6 +120,16 @@ def test_memory_that_is_refused(
     with pytest.raises(ValueError, match=words):
         merge(recipe(home, "ties", tuned=1), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and not made[0].allocated
+
+
+def test_a_forced_backend_that_cannot_run_there(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr("pykernels.backends._runs_on", lambda name: "elsewhere")
+    with pykernels.use_backend("cpu"), pytest.raises(ValueError, match="backend cpu was forced and does not"):
+        merge(recipe(home, "ties", tuned=1), tmp_path / "out", device="cuda:0")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options", [["--device-memory", "300KB"], []], ids=["stated", "default"])
