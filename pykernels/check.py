@@ -5,7 +5,6 @@ A message names the op, the argument, the rule and the value, in that order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -171,7 +170,7 @@ def number(op: str, name: str, value: float) -> float:
     """A finite number."""
     if not _is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
+    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
         raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
     return float(value)
 
