@@ -194,3 +194,13 @@ def test_copies_and_merges_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     install(monkeypatch, late=0.02, fault=lambda stage: time.sleep(0.02 if stage == "merge" else 0))
     report = merge(recipe(tmp_path, "linear", tuned=2), tmp_path / "out", device="cuda:0")
     assert 20 * 0.02 < report.seconds < 0.75 * 3 * 20 * 0.02
+
+
+@pytest.mark.parametrize("models", [1, 3, 8, 64])
+def test_selections_fit_in_what_is_left_to_them(models: int) -> None:
+    """The CUDA kernels' scratch, in the build that there is."""
+    cuda = pytest.importorskip("pykernels._cuda")
+    for numel in (1, 100, 4096, 1 << 16, 1 << 20, grouping.SMALL, grouping.SMALL + 1, 1 << 28):
+        held, scratch = numel * 2 * (models + 2), cuda.kth_scratch(numel, models)
+        assert scratch <= max(held, schedules.SCRATCH * models)
+        assert numel <= grouping.SMALL or scratch <= held // 4

@@ -26,6 +26,8 @@ RING = 4
 PIECE, LEAST_PIECE = 32 << 20, 1 << 20
 UNIT = 128 << 20
 """Bytes on a device: an upload of two to three milliseconds, far longer than what starting it costs."""
+SCRATCH = 16 << 10
+"""Bytes per model that a selection may take of a device for the tiniest tensor; a batch is charged for it."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class DeviceBudget:
     (at least 2 MiB) to write from, one for small outputs that wait for their place in the file. The other
     half is for tensors that the CPU merges (float64) and for what Python takes.
 
-    ``room``, three quarters of ``device_memory``, holds inputs and outputs, in a ring; a quarter is left to
-    the kernels' scratch. Chunks and batches of small tensors take ``unit`` bytes, so that three are on a
-    device at once: one arrives, one is merged, one leaves. A tensor that needs a statistic of all of it stays
-    there as a whole where it fits in ``room``.
+    ``room``, three quarters of ``device_memory``, holds inputs and outputs, in a ring. A quarter is left to
+    the kernels' scratch: a selection takes up to a quarter of what it selects from. Chunks and batches of
+    small tensors take ``unit`` bytes, so that three are on a device at once: one arrives, one is merged, one
+    leaves. A tensor that needs a statistic of all of it stays there as a whole where it fits in ``room``.
     """
 
     piece: int
@@ -86,16 +88,17 @@ class _Batch:
     """Small outputs that will be one unit, as long as they fit."""
 
     parts: list[Part] = field(default_factory=list)
-    nbytes: int = 0
+    charged: int = 0
     out_bytes: int = 0
 
     def add(self, load: Load, budget: DeviceBudget) -> bool:
         """Whether there was room for another."""
-        nbytes, out_bytes = self.nbytes + load.nbytes, self.out_bytes + load.nbytes - load.outs
-        if self.parts and (nbytes > budget.unit or out_bytes > budget.piece):
+        charge = max(load.nbytes, SCRATCH * len(load.parts[0].out.tuned))
+        charged, out_bytes = self.charged + charge, self.out_bytes + _tail(load)
+        if self.parts and (charged > budget.unit or out_bytes > budget.piece):
             return False
         self.parts += load.parts
-        self.nbytes, self.out_bytes = nbytes, out_bytes
+        self.charged, self.out_bytes = charged, out_bytes
         return True
 
 
