@@ -7,11 +7,13 @@ what the launches of :mod:`pykernels.kernels.launch` would compile: the same blo
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,19 +84,18 @@ def configurations() -> Iterator[Configuration]:
 
 
 def merges(dtype: tl.dtype) -> Iterator[Configuration]:
-    """The streaming merges: aligned for 3, 8 and more models, and one for any byte address."""
-    combines = (merge_loop.SUM.value, merge_loop.WEIGHTED.value, merge_loop.PLAIN.value)
-    for align, models in ((16, 3), (16, 8), (16, 0), (0, 3)):
+    """The streaming merges: three models, by every election; many (eight, say); and at any byte address."""
+    total, weighted, plain = (merge_loop.SUM.value, merge_loop.WEIGHTED.value, merge_loop.PLAIN.value)
+    for align, models in ((16, 3), (16, 0), (0, 3)):
         fixed = {
             "SKIP": False, "BASED": True, "IN": dtype, "TO": dtype, "ALIGN": align, "MODELS": models,
             "BLOCK": launch.BLOCK, "TILE": launch.TILE,
         }  # fmt: skip
         yield Configuration(linear_merge._linear_merge, TABLE, {"SHARED": False, **fixed}, launch.WARPS)
-        for kernel in (ties_merge._ties_merge, dare_merge._dare_merge):
-            for combine in combines:
-                yield Configuration(
-                    kernel, TABLE, {"COMBINE": combine, "SHARED": combine > 0, **fixed}, launch.WARPS
-                )
+        for combine in (total, weighted, plain) if (align, models) == (16, 3) else (weighted,):
+            elected = {"COMBINE": combine, "SHARED": combine != total, **fixed}
+            yield Configuration(ties_merge._ties_merge, TABLE, elected, launch.WARPS)
+            yield Configuration(dare_merge._dare_merge, TABLE, elected, launch.WARPS)
 
 
 def selections(dtype: tl.dtype) -> Iterator[Configuration]:
@@ -154,17 +155,21 @@ def usage(configuration: Configuration, architecture: int) -> Usage:
     return Usage(registers, stack, re.findall(r"\bfma\.\S+", kernel.asm["ptx"]))
 
 
+def usages() -> Iterator[tuple[Configuration, list[Usage]]]:
+    """Every configuration on every architecture, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda c: (c, [usage(c, a) for a in ARCHITECTURES]), list(configurations()))
+
+
 def main() -> int:
     """Print the table; 1 where a kernel spills or fuses."""
     if launch.INTERPRETED:
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 2
     failures = []
-    print("kernel" + " " * 58 + "".join(f"  sm_{a:<3} regs stack" for a in ARCHITECTURES))
-    for configuration in configurations():
-        uses = [usage(configuration, a) for a in ARCHITECTURES]
-        cells = "".join(f"{u.registers:>13}{u.stack:>6}" for u in uses)
-        print(f"{configuration!s:<64}{cells}", flush=True)
+    print(f"{'kernel':<56}" + "".join(f"  sm_{a:<3} regs stack" for a in ARCHITECTURES))
+    for configuration, uses in usages():
+        print(f"{configuration!s:<56}" + "".join(f"{u.registers:>13}{u.stack:>6}" for u in uses), flush=True)
         if any(u.stack or u.fused for u in uses):
             failures.append(f"{configuration}: spills or fuses: {uses}")
     print(*failures, sep="\n", file=sys.stderr)

@@ -1,0 +1,22 @@
+"""Every Triton kernel, compiled ahead of time for three generations of GPU: no spill, no fused operation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_no_kernel_spills_or_fuses():
+    """In a process of its own: whether kernels are interpreted is settled when they are defined."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-m", "pykernels.kernels.compiled"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = {line.split()[0] for line in done.stdout.splitlines()[1:]}
+    assert {"_linear_merge", "_ties_merge", "_dare_merge", "_collect", "_select_small"} <= kernels
