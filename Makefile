@@ -1,6 +1,7 @@
 # Each target sets up .venv on its own; PYTHON chooses the interpreter it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
+NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 export PYTHONSAFEPATH = 1
@@ -10,10 +11,10 @@ export PYTHONSAFEPATH = 1
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
-test: .venv/ready
+test: .venv/emulated
 	$(BIN)/pytest --import-mode=importlib tests
 
-sanitize: .venv/ready
+sanitize: .venv/emulated
 	.ci/sanitize
 
 bench: .venv/ready
@@ -31,8 +32,18 @@ types: .venv/ready
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/ready: .venv/created pyproject.toml setup.py constraints.txt CMakeLists.txt $(SOURCES)
+# Where CUDA is required but there is no nvcc, NVIDIA's wheels bring one.
+.venv/nvcc: .venv/created constraints.txt
+	command -v nvcc || $(BIN)/python -m pip install -c constraints.txt $(NVCC)
+	touch $@
+
+.venv/ready: .venv/created $(if $(filter 1,$(PYKERNELS_REQUIRE_CUDA)),.venv/nvcc) pyproject.toml setup.py constraints.txt CMakeLists.txt $(SOURCES)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The CUDA kernels on the host, for tests.
+.venv/emulated: .venv/ready
+	PYKERNELS_EMULATED=1 $(BIN)/python -m pip install -c constraints.txt --no-deps -e .
 	touch $@
 
 clean:

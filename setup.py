@@ -1,4 +1,10 @@
-"""Builds pykernels._C with CMake. A machine without a compiler still gets a working (slower) install."""
+"""Builds the compiled modules with CMake. A machine without a compiler still gets a working (slower) install.
+
+``pykernels._C`` always; ``pykernels._cuda`` where there is an nvcc (``CUDACXX``, on the PATH, or NVIDIA's
+wheels); ``pykernels._cuda_emulated``, the CUDA kernels on the host for tests, with PYKERNELS_EMULATED=1.
+PYKERNELS_REQUIRE_NATIVE=1 and PYKERNELS_REQUIRE_CUDA=1 make a failure an error, PYKERNELS_CUDA=0 leaves CUDA
+out.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +12,59 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+CPU, CUDA, EMULATED = "pykernels._C", "pykernels._cuda", "pykernels._cuda_emulated"
+MEANWHILE = {
+    CPU: "the references will serve, which are far slower. Install a C++17 compiler and reinstall.",
+    CUDA: "Triton's kernels will serve on GPUs.",
+    EMULATED: "the CUDA kernels cannot be tested without a device.",
+}
+REQUIRED = {CPU: "PYKERNELS_REQUIRE_NATIVE", CUDA: "PYKERNELS_REQUIRE_CUDA", EMULATED: "PYKERNELS_EMULATED"}
+
+
+def asked(variable: str) -> bool:
+    """Whether an environment variable says yes."""
+    return os.environ.get(variable) == "1"
+
+
+def nvcc() -> Path | None:
+    """The CUDA compiler: the one that CUDACXX names, that of the PATH, or that of NVIDIA's wheels."""
+    if named := os.environ.get("CUDACXX") or shutil.which("nvcc"):
+        return Path(named)
+    wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    return next(iter(sorted(wheels.glob("cu*/bin/nvcc"), reverse=True)), None)
+
+
+def modules() -> list[str]:
+    """What is to be built here."""
+    chosen = [CPU]
+    if os.environ.get("PYKERNELS_CUDA") != "0" and (nvcc() or asked(REQUIRED[CUDA])):
+        chosen.append(CUDA)
+    return chosen + [EMULATED] * asked(REQUIRED[EMULATED])
 
 
 class CMakeBuild(build_ext):
-    """One CMake configure, one target per declared extension."""
+    """One CMake configuration per declared extension, so that none can take another down."""
 
     def run(self) -> None:
-        """Configure and build; without a working compiler, warn once and go on without the extension."""
-        try:
-            super().run()
-        except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("PYKERNELS_REQUIRE_NATIVE") == "1":
-                raise
-            self.extensions = []
-            print(
-                f"WARNING: pykernels._C could not be built ({error}); the pure-PyTorch references will "
-                "serve, which are far slower. Install a C++17 compiler and reinstall.",
-                file=sys.stderr,
-            )
+        """Build what can be built; what cannot is left out with a warning, unless it is required."""
+        built = []
+        for extension in self.extensions:
+            try:
+                self.build_extension(extension)
+                built.append(extension)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if asked(REQUIRED[extension.name]):
+                    raise
+                text = f"WARNING: {extension.name} could not be built ({error}); {MEANWHILE[extension.name]}"
+                print(text, file=sys.stderr)
+        self.extensions = built
 
     def get_source_files(self) -> list[str]:
         """The sources CMake reads, so that an sdist holds them."""
@@ -39,11 +74,25 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Build the CMake target named like the extension and copy it where setuptools wants it."""
-        build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
         target = ext.name.rpartition(".")[2]
-        subprocess.run([*cmake(), "-S", str(ROOT), "-B", str(build), *self.configuration()], check=True)
-        subprocess.run([*cmake(), "--build", str(build), "--target", target, "--parallel"], check=True)
+        # An editable build's own folder is new every time: what stands in ours is built once.
+        room = ROOT / "build" / sys.implementation.cache_tag if self.inplace else Path(self.build_temp).resolve()
+        build = room / target
+        build.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        options = self.configuration() + ([f"-DPK{target.upper()}=ON"] if ext.name != CPU else [])
+        if ext.name == CUDA:
+            compiler = nvcc()
+            if compiler is None:
+                raise OSError("no nvcc: set CUDACXX, or install NVIDIA's wheels (see constraints.txt)")
+            environment["CUDACXX"] = str(compiler)  # as an option it would have everything built again
+            # NVIDIA's wheels keep libraries where their own nvcc does not look.
+            environment["LIBRARY_PATH"] = (
+                f"{compiler.parent.parent / 'lib'}:{os.environ.get('LIBRARY_PATH', '')}"
+            )
+        subprocess.run([*cmake(), "-S", str(ROOT), "-B", str(build), *options], check=True, env=environment)
+        make = [*cmake(), "--build", str(build), "--target", target, "--parallel"]
+        subprocess.run(make, check=True, env=environment)
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = out.with_name(f".{out.name}")  # a process may have the old one mapped
@@ -70,4 +119,7 @@ def cmake() -> list[str]:
     return [str(beside)] if beside.exists() else ["cmake"]
 
 
-setup(ext_modules=[Extension("pykernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(name, sources=[]) for name in modules()],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -58,8 +58,9 @@ struct PyJob : Job {
     if (int(values.size()) != head.n) throw std::invalid_argument("one number per model");
     for (int m = 0; m < head.n; m++) set(models[m], values[size_t(m)]);
   }
-  void numbers(const std::vector<float>& weight, Address weights, const std::vector<float>& vote, Address votes,
-               const std::vector<float>& share, Address shares, float lambda, Address lambda_at) {
+  void numbers(const std::vector<float>& weight, Address weights, const std::vector<float>& vote,
+               Address votes, const std::vector<float>& share, Address shares, float lambda,
+               Address lambda_at) {
     each(weight, [](Model& m, float x) { m.weight = x; });
     each(vote, [](Model& m, float x) { m.vote = x; });
     each(share, [](Model& m, float x) { m.share = x; });
@@ -160,9 +161,10 @@ PYBIND11_MODULE(PK_MODULE, m) {
   m.def("linear_merge", [](const Jobs& jobs, int dtype, int device, Address stream, Address table) {
     run(jobs, dtype, device, stream, table, [](const Launch& l) { linear_merge(l); });
   });
-  m.def("ties_merge", [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine) {
-    run(jobs, dtype, device, stream, table, [&](const Launch& l) { ties_merge(l, combine); });
-  });
+  m.def("ties_merge",
+        [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine) {
+          run(jobs, dtype, device, stream, table, [&](const Launch& l) { ties_merge(l, combine); });
+        });
   m.def("ties_fused", [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine,
                          bool keep_equals) {
     run(jobs, dtype, device, stream, table, [&](const Launch& l) {
@@ -170,25 +172,27 @@ PYBIND11_MODULE(PK_MODULE, m) {
       ties_merge(l, combine);
     });
   });
-  m.def("dare_merge", [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine) {
-    run(jobs, dtype, device, stream, table, [&](const Launch& l) { dare_merge(l, combine); });
-  });
+  m.def("dare_merge",
+        [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine) {
+          run(jobs, dtype, device, stream, table, [&](const Launch& l) { dare_merge(l, combine); });
+        });
   m.def("kth_magnitude", [](const Jobs& jobs, int dtype, int device, Address stream, Address table) {
     run(jobs, dtype, device, stream, table, [](const Launch& l) { kth_magnitude(l, false); });
   });
-  m.def("magnitude_histogram",
-        [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int shift, bool all) {
-          run(jobs, dtype, device, stream, table, [&](const Launch& l) { magnitude_histogram(l, shift, all); });
-        });
+  m.def("magnitude_histogram", [](const Jobs& jobs, int dtype, int device, Address stream, Address table,
+                                  int shift, bool all) {
+    run(jobs, dtype, device, stream, table, [&](const Launch& l) { magnitude_histogram(l, shift, all); });
+  });
   m.def("l1_norms", [](const Jobs& jobs, int dtype, int device, Address stream, Address table) {
     run(jobs, dtype, device, stream, table, [](const Launch& l) { l1_norms(l); });
   });
   m.def("dot_products", [](const Jobs& jobs, int dtype, int device, Address stream, Address table) {
     run(jobs, dtype, device, stream, table, [](const Launch& l) { dot_products(l); });
   });
-  m.def("elect_sign", [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine) {
-    run(jobs, dtype, device, stream, table, [&](const Launch& l) { elect_sign(l, combine); });
-  });
+  m.def("elect_sign",
+        [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine) {
+          run(jobs, dtype, device, stream, table, [&](const Launch& l) { elect_sign(l, combine); });
+        });
   m.def("memory", &memory);
   m.def("unavailable", &unavailable);
 #ifdef PK_EMULATED

@@ -81,9 +81,7 @@ def ties_merge(
 ) -> None:
     """Trim by known cuts, elect, average: one pass."""
     if out.dtype not in CODES:
-        return through_float32(
-            ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset
-        )
+        return through_float32(ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset)
     packed = _pack(out, base, tuned, offset)
     packed.numbers(*_each(weight), *_each(vote), *_each(share), *_one(lambda_))
     if isinstance(cut.key, list) and isinstance(cut.last, list):
@@ -216,7 +214,9 @@ def _one(number: Number) -> tuple[float, int]:
     return (1.0, number.data_ptr()) if isinstance(number, torch.Tensor) else (number, 0)
 
 
-def _selection(packed: _cuda.Job, cut: torch.Tensor, tuned: Tensors, k: list[int]) -> tuple[torch.Tensor, ...]:
+def _selection(
+    packed: _cuda.Job, cut: torch.Tensor, tuned: Tensors, k: list[int]
+) -> tuple[torch.Tensor, ...]:
     """Gives a job its ranks, its scratch memory and a place for the cuts [2, n]; returns what must live."""
     nbytes = _cuda.kth_scratch(tuned[0].numel(), len(tuned))
     scratch = torch.empty(nbytes, dtype=torch.uint8, device=cut.device)
@@ -276,5 +276,5 @@ def _place(device: torch.device) -> tuple[int, int]:
     """(device index, address of its current stream); the emulated kernels have neither."""
     if device.type != "cuda":
         return 0, 0
-    stream: Any = torch._C._cuda_getCurrentRawStream(device.index)  # type: ignore[attr-defined]
+    stream: Any = torch._C._cuda_getCurrentRawStream(device.index)
     return device.index, stream

@@ -34,9 +34,10 @@ class Cut(NamedTuple):
             return self
         if isinstance(self.key, list) and isinstance(self.last, list):
             return Cut([self.key[i] for i in models], [self.last[i] for i in models])
-        from torch import stack
+        from torch import as_tensor, stack
 
-        return Cut(stack([self.key[i] for i in models]), stack([self.last[i] for i in models]))
+        key, last = as_tensor(self.key), as_tensor(self.last)
+        return Cut(stack([key[i] for i in models]), stack([last[i] for i in models]))
 
     def keep_equals(self) -> Cut:
         """The cut of the tie rule "keep"; a model that keeps nothing still keeps nothing."""

@@ -133,7 +133,11 @@ def test_histograms_are_equal(data, shift, known):
 
 
 def test_numbers_on_the_device_equal_numbers_of_the_host():
-    for case in (Case("linear_merge"), Case("ties_merge"), Case("dare_merge", elect="plain", normalize=False)):
+    for case in (
+        Case("linear_merge"),
+        Case("ties_merge"),
+        Case("dare_merge", elect="plain", normalize=False),
+    ):
         arguments = [there(a) for a in case.arguments()]
         lists = [
             torch.tensor(a, device=DEVICE) if isinstance(a, list) and isinstance(a[0], float) else a
@@ -277,10 +281,14 @@ def test_a_group_of_selections_gives_what_single_launches_give():
 def test_state_dicts_in_a_few_launches(monkeypatch):
     launches = []
     real = cuda._run
-    monkeypatch.setattr(cuda, "_run", lambda f, op, jobs: (launches.append((op, len(jobs))), real(f, op, jobs)))
+    monkeypatch.setattr(
+        cuda, "_run", lambda f, op, jobs: (launches.append((op, len(jobs))), real(f, op, jobs))
+    )
     g = torch.Generator().manual_seed(1)
     base = {f"layer.{i}": torch.randn(100 + i, generator=g).bfloat16() for i in range(40)}
-    tuned = [{k: v + 0.1 * torch.randn(v.shape, generator=g).bfloat16() for k, v in base.items()} for _ in "ab"]
+    tuned = [
+        {k: v + 0.1 * torch.randn(v.shape, generator=g).bfloat16() for k, v in base.items()} for _ in "ab"
+    ]
     wanted = pk.merge_state_dicts(base, tuned, method="ties", density=0.5, weight=1.0)
     with pk.use_backend("cuda"):
         got = pk.merge_state_dicts(
@@ -296,12 +304,15 @@ def test_state_dicts_in_a_few_launches(monkeypatch):
 def test_ops_choose_the_backend(tie):
     base, tuned = make("student", 20_011, 3, torch.bfloat16)
     options = {"density": [0.3, 1.0, 0.01], "weight": [1.0, 0.0, -0.5], "tie": tie}
+    l1 = {"density": 0.3, "seed": 3, "rescale": "l1", "consensus": "ties"}
     wanted = pk.ties_merge(base, tuned, **options)
     with pk.use_backend("cuda"):
         assert_same_bits(pk.ties_merge(there(base), there(tuned), **options).cpu(), wanted)
-        dare = pk.dare_merge(there(base), there(tuned), density=0.3, seed=3, rescale="l1", consensus="ties")
+        dare = pk.dare_merge(there(base), there(tuned), **l1)
         kth = pk.kth_magnitude(there(base), there(tuned), [0.3, 1.0, 0.0])
-    assert_same_bits(dare.cpu(), pk.dare_merge(base, tuned, density=0.3, seed=3, rescale="l1", consensus="ties"))
+    assert_same_bits(
+        dare.cpu(), pk.dare_merge(base, tuned, density=0.3, seed=3, rescale="l1", consensus="ties")
+    )
     assert_same_bits(kth.cpu(), pk.kth_magnitude(base, tuned, [0.3, 1.0, 0.0]))
 
 
@@ -311,7 +322,9 @@ def test_a_failed_launch_names_op_shapes_and_error(monkeypatch):
 
     monkeypatch.setattr(cuda._cuda, "linear_merge", refuse)
     x = torch.ones(3, 5, device=DEVICE)
-    with pytest.raises(RuntimeError, match=r"linear_merge: launch on .* shape \[3, 5\] failed: cudaErrorLaunch"):
+    with pytest.raises(
+        RuntimeError, match=r"linear_merge: launch on .* shape \[3, 5\] failed: cudaErrorLaunch"
+    ):
         cuda.linear_merge(x.clone(), None, [x], [1.0])
 
 

@@ -16,13 +16,13 @@ enum Alignment : int { kBytes = 0, kElements = 1, kVectors = 2 };  // of 16 byte
 /// One model's part in a merge.
 struct Model {
   const void* data;
-  int64_t rank;            // how many of its entries are kept (selections)
-  int64_t last;            // a known cut: flat index of the last kept among the equals of `key`
-  uint32_t key;            // a known cut: kept iff the delta's key is above, or equal at an index up to `last`
-  float weight;            // 0: takes no part
-  float vote, share;       // as in csrc/math/elect.h
-  uint32_t threshold;      // kept iff the 16-bit draw is below this (random kernels)
-  uint32_t index;          // the model's number in the counter of its draws
+  int64_t rank;        // how many of its entries are kept (selections)
+  int64_t last;        // a known cut: flat index of the last kept among the equals of `key`
+  uint32_t key;        // a known cut: kept iff the delta's key is above, or equal at an index up to `last`
+  float weight;        // 0: takes no part
+  float vote, share;   // as in csrc/math/elect.h
+  uint32_t threshold;  // kept iff the 16-bit draw is below this (random kernels)
+  uint32_t index;      // the model's number in the counter of its draws
 };
 
 /// One tensor: out = base + lambda * combine(models); base may be null (0). Numbers that the host does not

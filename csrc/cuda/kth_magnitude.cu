@@ -104,7 +104,7 @@ __device__ inline int64_t sampled(int64_t i, int64_t numel) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSampleThreads) sample(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kSampleThreads, 2) sample(const __grid_constant__ Table table) {
   PK_DYNAMIC_SHARED(uint32_t, keys);
   const Job& job = job_of(table, blockIdx.y);
   const Head& head = job.head;
@@ -122,12 +122,13 @@ __global__ void __launch_bounds__(kSampleThreads) sample(const __grid_constant__
   uint32_t high_key = kNoneKept, low_key = 0;
   const auto key = [&](int64_t i) { return keys[i]; };
   if (high >= 1) high_key = select_key(count, high, key);
-  if (low <= count && model.rank > 0) low_key = head.numel <= kSample ? high_key : select_key(count, low, key);
+  if (low <= count && model.rank > 0)
+    low_key = head.numel <= kSample ? high_key : select_key(count, low, key);
   if (threadIdx.x == 0) *s.band = Band{low_key, high_key, 0, 0, 0, 0, 0, 0, 0};
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, 2) count(const __grid_constant__ Table table) {
   using Layout = Contiguous<T>;
   constexpr int kWidth = Layout::kWidth, kSteps = kTile / kThreads / kWidth;
   __shared__ Job job;
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Table 
     Raw<T, kWidth> raw[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; step++)
-      raw[step] = load<T, Layout>(data, Layout::first(int(threadIdx.x) + step * kThreads), size,
-                                  head.in_alignment);
+      raw[step] =
+          load<T, Layout>(data, Layout::first(int(threadIdx.x) + step * kThreads), size, head.in_alignment);
     uint32_t between = 0;  // bit per element of this thread
     Count counts = 0;      // above, at high, at low, between: 16 bits each
 #pragma unroll
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Table 
       const uint32_t key = magnitude_key(widen(raw[step].x[k]) - widen(base[step].x[k]));
       const bool here = i < size, at_high = here && key == high, at_low = here && key == low && low != high;
       const bool open = here && key > low && key < high;
-      counts += Count(here && key > high) + (Count(at_high) << 16) + (Count(at_low) << 32) + (Count(open) << 48);
+      counts +=
+          Count(here && key > high) + (Count(at_high) << 16) + (Count(at_low) << 32) + (Count(open) << 48);
       between |= uint32_t(open) << e;
     }
     Count total;

@@ -6,7 +6,8 @@
 
 namespace pk::cuda {
 
-constexpr int kTogether = 2;  // models whose loads are under way at a time: more would cost a block its registers
+constexpr int kTogether =
+    2;  // models whose loads are under way at a time: more would cost a block its registers
 
 template <class T>
 struct KeepAll {
@@ -153,8 +154,13 @@ __device__ __forceinline__ void merge_elements(const Job& job, int64_t begin, in
                 head);
 }
 
+/// Eight floats of every tensor leave room for two blocks at the most.
+template <class T, class Layout, class Combine>
+constexpr int kBlocksOf = sizeof(T) * Layout::kWidth > 16 && Combine::kBlocks > 2 ? 2 : Combine::kBlocks;
+
 template <class T, template <class> class Keep, class Combine>
-__global__ void __launch_bounds__(kThreads, Combine::kBlocks) merge(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kBlocksOf<T, typename Keep<T>::Layout, Combine>)
+    merge(const __grid_constant__ Table table) {
   using Layout = typename Keep<T>::Layout;
   __shared__ Job job;
   const int64_t begin = stage(table, blockIdx.x, job) * kTile;

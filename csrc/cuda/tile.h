@@ -52,7 +52,7 @@ __device__ __forceinline__ Raw<T, Layout::kWidth> load(const char* data, int fir
                                                        int alignment) {
   Raw<T, Layout::kWidth> raw;
   if (alignment == kVectors && Layout::whole(first, count)) {
-    using Piece = typename Chunk<Layout::kPiece * int(sizeof(T))>::Type;
+    using Piece = typename Chunk<Layout::kPiece* int(sizeof(T))>::Type;
 #pragma unroll
     for (int k = 0; k < Layout::kWidth; k += Layout::kPiece)
       *reinterpret_cast<Piece*>(raw.x + k) =

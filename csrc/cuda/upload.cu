@@ -13,7 +13,8 @@ struct Bytes {
   uint32_t words[960];  // kernel parameters end at 4 KiB
 };
 
-__global__ void __launch_bounds__(kThreads) write(uint32_t* to, const __grid_constant__ Bytes bytes, int words) {
+__global__ void __launch_bounds__(kThreads)
+    write(uint32_t* to, const __grid_constant__ Bytes bytes, int words) {
   for (int i = int(threadIdx.x); i < words; i += kThreads) to[i] = bytes.words[i];
 }
 

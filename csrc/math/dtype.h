@@ -68,7 +68,8 @@ PK_HD void round_to(float x, f16* out) {
 
 PK_HD void round_to(float x, bf16* out) {
   const uint32_t u = float_bits(x);
-  out->bits = (u & kAbs) > kInfinity ? uint16_t(kNaN >> 16) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+  out->bits =
+      (u & kAbs) > kInfinity ? uint16_t(kNaN >> 16) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
 }
 
 }  // namespace
