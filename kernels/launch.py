@@ -22,8 +22,8 @@ BLOCK = 16384 if INTERPRETED else 1024
 """Elements a program merges: 16 bytes of bfloat16 a thread and tensor, so that n + 1 loads fly at once."""
 WARPS = 4
 UNROLLED = 64 if INTERPRETED else 4
-"""Models up to which the loop over them is unrolled, so that all loads fly at once; more go round by so many. (From
-numpy 2.4 on the interpreter can not loop up to a number that it was given at run time.)"""
+"""Models up to which the loop over them is unrolled, so that all loads fly at once. (From numpy 2.4 on the
+interpreter can not loop up to a number that it was given at run time.)"""
 
 READS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 WRITES = {**READS, torch.float64: tl.float64}

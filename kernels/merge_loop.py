@@ -94,7 +94,7 @@ def merge_lanes(
 ):  # fmt: skip
     """Elements ``start`` to ``start + limit`` of one job. With SKIP a model of weight 0 takes no part, its
     NaN neither; a list holds none, for the ops drop such models. MODELS is their number where the loop is to
-    be unrolled, else 0: then it goes round by four.
+    be unrolled, else 0: then it goes round by four, or, where draws need the registers, by one.
     """
     lane = tl.arange(0, BLOCK)
     mask = lane < limit
@@ -108,7 +108,7 @@ def merge_lanes(
     down = zero
     wup = zero
     wdown = zero
-    UNROLL: tl.constexpr = MODELS if MODELS > 0 else 4
+    UNROLL: tl.constexpr = MODELS if MODELS > 0 else (1 if KEEP == RANDOM else 4)
     for m in tl.range(0, MODELS if MODELS > 0 else models, loop_unroll_factor=UNROLL):
         delta = read(tl.load(row + TUNED + m), start, lane, mask, IN, ALIGN, WHOLE)
         if BASED:
