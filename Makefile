@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test sanitize bench lint types clean
+.PHONY: demo test sanitize compiled bench lint types clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,11 @@ test: .venv/emulated
 
 sanitize: .venv/emulated
 	.ci/sanitize
+
+# Registers and stack of every GPU kernel; a spill fails. Needs nvcc, no GPU.
+compiled: .venv/ready
+	$(BIN)/python -m pykernels.bench.registers
+	$(BIN)/python -m pykernels.kernels.compiled
 
 bench: .venv/ready
 	$(BIN)/pykernels bench

@@ -15,6 +15,8 @@ SMALL = 1 << 22
 """Elements up to which a tensor waits for others: a larger one outlasts its own launches."""
 WAITING = 1 << 25
 """Elements that wait at the most, which bounds the scratch memory of a group's selections."""
+MANY = 1024
+"""Jobs that wait at the most: a grid has no more than 65535 blocks along its second axis."""
 
 Job = TypeVar("Job")
 Run = Callable[[list[Job]], None]
@@ -25,18 +27,20 @@ class Group:
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[Callable[..., None], Hashable], list[object]] = {}
-        self._elements = 0
+        self._elements = self._count = 0
 
     def add(self, run: Callable[..., None], key: Hashable, job: object, elements: int) -> None:
         """Keep ``job``; run all that wait when they have become many."""
         self._waiting.setdefault((run, key), []).append(job)
         self._elements += elements
-        if self._elements >= WAITING:
+        self._count += 1
+        if self._elements >= WAITING or self._count >= MANY:
             self.flush()
 
     def flush(self) -> None:
         """Run all that wait, the kind that came first first."""
-        waiting, self._waiting, self._elements = self._waiting, {}, 0
+        waiting, self._waiting = self._waiting, {}
+        self._elements = self._count = 0
         for (run, _), jobs in waiting.items():
             run(jobs)
 
