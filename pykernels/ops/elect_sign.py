@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pykernels import backends, check, library
+from pykernels.check import is_tensor
 from pykernels.ops.coefficients import Given, examine, joined, narrow, pick, split, taking, weights
 from pykernels.ops.ties_merge import ELECTIONS
 
@@ -44,6 +45,8 @@ def _elect(deltas: Sequence[torch.Tensor], weight: Given, elect: str) -> torch.T
     given = weights(OP, weight, like, len(deltas))
     check.choice(OP, "elect", elect, ELECTIONS)
     out = torch.empty(like.shape, dtype=torch.int8, device=like.device)
+    if elect == "plain" and is_tensor(given):  # a vote with weight 1 is the delta itself, with 0 it is none
+        given, elect = given != 0, "weighted"
     part = taking(given)
     if not part:
         return out.fill_(1)
