@@ -104,6 +104,11 @@ def row(job: Job, first: int, address: int) -> list[int]:
     return words
 
 
+def width(models: int) -> int:
+    """Words that a row of so many models takes at the most: addresses, and every list in the row itself."""
+    return int(table.TUNED.value) + models + 1 + 3 * ((models + 1) // 2) + 5 * models
+
+
 def _words(code: str, numbers: Sequence[float]) -> list[int]:
     values = array(code, numbers)
     if len(values) * values.itemsize % 8:
@@ -132,28 +137,24 @@ class Launch:
         for job in jobs:
             firsts.append(self.tiles)
             self.tiles += -(-job.numel // (TILE * unit)) * unit
-        self.stride = max(len(row(job, 0, 0)) for job in jobs)
+        self.stride = width(self.models)
         with self._current():
-            self.rows = torch.empty(
-                -(-len(jobs) * self.stride // table.WORDS) * table.WORDS,
-                dtype=torch.int64,
-                device=self.device,
-            )
+            self.rows = self.empty(-(-len(jobs) * self.stride // table.WORDS) * table.WORDS)
             self._fill(firsts)
 
     def _fill(self, firsts: list[int]) -> None:
-        """Put the rows on the device; the host waits for nothing."""
+        """Put the rows on the device; the host waits for nothing, and one row needs no memory of the host."""
         words: list[int] = []
         for i, (job, first) in enumerate(zip(self.jobs, firsts, strict=True)):
-            new = row(job, first, self.rows.data_ptr() + 8 * i * self.stride)
-            words += new + [0] * (self.stride - len(new))
-        words += [0] * (len(self.rows) - len(words))
+            words += [0] * (i * self.stride - len(words))
+            words += row(job, first, self.rows.data_ptr() + 8 * i * self.stride)
+        words += [0] * (-len(words) % table.WORDS)
         if self.device.type != "cuda":
-            self.rows.copy_(torch.tensor(words))
-        elif len(words) <= 2 * table.WORDS or torch.cuda.is_current_stream_capturing():
+            self.rows[: len(words)] = torch.tensor(words)
+        elif len(self.jobs) == 1 or torch.cuda.is_current_stream_capturing():
             pack(self.rows, words)
         else:
-            self.rows.copy_(torch.tensor(words).pin_memory(), non_blocking=True)
+            self.rows[: len(words)].copy_(torch.tensor(words).pin_memory(), non_blocking=True)
 
     def _current(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device: make it that of the tensors."""

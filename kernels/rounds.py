@@ -147,6 +147,7 @@ def _narrow(rows, jobs, stride, models, states, bins, copies):
         while copy < copies:
             mine = bins + (search.to(tl.int64) * copies + copy) * BINS + lane
             count += tl.load(mine)
+            tl.debug_barrier()  # whoever zeroes a counter, all have been read
             tl.store(mine, tl.zeros([BINS], tl.int32))
             copy += 1
         least = above + tl.sum(count, 0) - tl.cumsum(count, 0) + count  # keys in this bin, or larger

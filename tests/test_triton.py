@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import pykernels as pk
 from pykernels import grouping, native
 from pykernels.backends import TABLE, _function
 from pykernels.cut import KEEP_ALL_EQUALS, Cut
@@ -294,6 +295,39 @@ def test_a_group_gives_what_single_launches_give(op, monkeypatch):
     assert launches == [op] * 2
     for case, out in zip(group, outs, strict=True):
         assert_same_bits(out.cpu(), on_cpu(case))
+
+
+@pytest.mark.parametrize("tie", ["index", "keep"])
+def test_ops_choose_the_backend(tie):
+    base, tuned = make("student", 20_011, 3, torch.bfloat16)
+    options = {"density": [0.3, 1.0, 0.01], "weight": [1.0, 0.0, -0.5], "tie": tie}
+    wanted = pk.ties_merge(base, tuned, **options)
+    dare = {"density": 0.3, "seed": 3, "rescale": "l1", "consensus": "ties"}
+    with pk.use_backend("triton"):
+        assert_same_bits(pk.ties_merge(there(base), there(tuned), **options).cpu(), wanted)
+        got = pk.dare_merge(there(base), there(tuned), **dare).cpu()
+        kth = pk.kth_magnitude(there(base), there(tuned), [0.3, 1.0, 0.0]).cpu()
+    assert_same_bits(got, pk.dare_merge(base, tuned, **dare))
+    assert_same_bits(kth, pk.kth_magnitude(base, tuned, [0.3, 1.0, 0.0]))
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="no CUDA device")
+@pytest.mark.parametrize("numel", [9001, 150_001])
+def test_whole_merges_in_a_cuda_graph(numel):
+    case = Case("ties_merge", numel=numel)
+    base, tuned = (there(x) for x in case.inputs())
+    rest = (case.k(), "index", *case.combine())
+    out, other = nans(numel, case.dtype), [t.flip(0) for t in tuned]
+    kernels.ties_fused(out, base, tuned, *rest)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.ties_fused(out, base, tuned, *rest)
+    for t, new in zip(tuned, other, strict=True):
+        t.copy_(new)
+    graph.replay()
+    wanted = torch.empty_like(out, device="cpu")
+    native.ties_fused(wanted, base.cpu(), [t.cpu() for t in tuned], *rest)
+    assert_same_bits(out.cpu(), wanted)
 
 
 def test_a_table_that_is_packed_from_arguments():
