@@ -12,6 +12,7 @@ import mmap
 import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -189,9 +190,9 @@ class Walled(ModuleType):
             setattr(self, name, _behind_walls(name, function) if name in LAYOUT else function)
 
 
-def load(path: str) -> ModuleType:
-    """The extension module in a file, as pykernels._C."""
-    spec = importlib.util.spec_from_file_location("pykernels._C", path)
+def load(path: str, name: str = "pykernels._C") -> ModuleType:
+    """The extension module in a file, under a name of the package."""
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"no extension module: {path}")
     module = importlib.util.module_from_spec(spec)
@@ -200,5 +201,11 @@ def load(path: str) -> ModuleType:
 
 
 def install(path: str) -> None:
-    """Let ``pykernels._C`` be the build at ``path``, behind walls."""
+    """Let ``pykernels._C`` be the build at ``path``, behind walls.
+
+    The emulated CUDA kernels beside it come along as they are: their tests build walls of their own.
+    """
     sys.modules["pykernels._C"] = Walled(load(path))
+    for emulated in Path(path).parent.glob("_cuda_emulated.*"):
+        name = "pykernels._cuda_emulated"
+        sys.modules[name] = load(str(emulated), name)
