@@ -72,12 +72,12 @@ def test_steps_are_on_record_whatever_happens(tmp_path):
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     child = tmp_path / "child"
     code = (
-        "import subprocess, time; p = subprocess.Popen(['sleep', '60']); "
+        "import subprocess, time; p = subprocess.Popen(['sh', '-c', 'trap : INT TERM; sleep 60; sleep 60']); "
         f"open({str(child)!r}, 'w').write(str(p.pid)); print('begun', flush=True); time.sleep(60)"
     )
     status, steps, _ = carry_out([Step("long", python(code), 3), Step("next", python("1"), 20)], tmp_path)
     assert status == 1 and steps["next"]["status"] == "passed"
-    assert (steps["long"]["status"], steps["long"]["tail"]) == ("timeout", ["begun"])
+    assert (steps["long"]["status"], steps["long"]["tail"][0]) == ("timeout", "begun")
     time.sleep(0.2)
     state = Path(f"/proc/{child.read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
