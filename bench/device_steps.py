@@ -80,12 +80,12 @@ def steps(work: Path) -> list[Step]:
         # Without its cache torch asks the driver for each tensor, so that one byte past its end is seen.
         return Step(tool, command, 40, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
 
-    probe = [python, "bench/device_probe.py", str(work / "device.json")]
+    probe = [python, "bench/device_probe.py", str(work / "probe.json")]
     targets = [python, "-m", "pykernels.bench.gpu_targets"]
     return [
         Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 10,
              absent="" if wheels else "no folder wheels", always=True),
-        Step("device", probe, 15, result=work / "device.json", always=True),
+        Step("device", probe, 15, result=work / "probe.json", always=True),
         Step("build", [*pip, "--no-build-isolation", "-e", "."], 120, ("device",),
              {"PYKERNELS_REQUIRE_NATIVE": "1", "PYKERNELS_REQUIRE_CUDA": "1"}),
         Step("tests", pytest(12), 150, ready, {"OMP_NUM_THREADS": "2"}),
