@@ -76,7 +76,9 @@ class CMakeBuild(build_ext):
         """Build the CMake target named like the extension and copy it where setuptools wants it."""
         target = ext.name.rpartition(".")[2]
         # An editable build's own folder is new every time: what stands in ours is built once.
-        room = ROOT / "build" / sys.implementation.cache_tag if self.inplace else Path(self.build_temp).resolve()
+        room = (
+            ROOT / "build" / sys.implementation.cache_tag if self.inplace else Path(self.build_temp).resolve()
+        )
         build = room / target
         build.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)

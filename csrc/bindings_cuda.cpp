@@ -61,7 +61,8 @@ struct PyJob : Job {
   void numbers(const std::vector<float>& weight, Address weights, const std::vector<float>& vote,
                Address votes, const std::vector<float>& share, Address shares, float lambda,
                Address lambda_at) {
-    each(weight, [](Model& m, float x) { m.weight = x; });
+    // A list holds models that take part, whatever their weights became.
+    each(weight, [](Model& m, float x) { m.weight = x == 0 ? -0.0f : x; });
     each(vote, [](Model& m, float x) { m.vote = x; });
     each(share, [](Model& m, float x) { m.share = x; });
     head.weights = at<float>(weights);

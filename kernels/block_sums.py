@@ -13,7 +13,6 @@ import triton.language as tl
 from pykernels.kernels.lanes import read
 from pykernels.kernels.table import BASE, TUNED
 
-L1_BLOCK = 4096
 BLOCKS = 8
 """Blocks a program sums: 128 lanes."""
 

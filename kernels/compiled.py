@@ -107,8 +107,7 @@ def selections(dtype: tl.dtype) -> Iterator[Configuration]:
     small = {**like, "SMALL": selection.SMALL}
     yield Configuration(sample._select_small, {**TABLE, **CUT}, {"KEEP": False, **small}, selection.WIDE)
     yield Configuration(sample._sample, {**TABLE, "states": "*i64"}, whole, selection.WIDE)
-    collect = {**held, "ALIGN": 16}
-    yield Configuration(rounds._collect, {**TABLE, **SEARCH}, collect, selection.SCANNING)
+    yield Configuration(rounds._collect, {**TABLE, **SEARCH}, held, selection.SCANNING)
     counters = {**TABLE, **SEARCH, "bins": "*i32", "copies": "i32"}
     yield Configuration(rounds._count, counters, held, selection.WARPS)
     yield Configuration(rounds._equals, {**TABLE, **SEARCH}, held, selection.WARPS)

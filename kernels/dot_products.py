@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from pykernels.kernels.block_sums import BLOCKS, L1_BLOCK, add_rows, deltas, places, tree
+from pykernels.kernels.block_sums import BLOCKS, add_rows, deltas, places, tree
 from pykernels.kernels.lanes import read
 from pykernels.kernels.launch import READS, Job, Launch, Tensors, alignment
 from pykernels.kernels.table import GRAD, NUMEL
+from pykernels.rows import SUM_BLOCK
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _dot_products(
 
 def dot_products(grad: torch.Tensor, base: torch.Tensor | None, tuned: Tensors) -> torch.Tensor:
     """Sums [blocks, n] in float64 of grad * delta per block of 4096 elements; ``grad`` has its own dtype."""
-    n, blocks = len(tuned), -(-tuned[0].numel() // L1_BLOCK)
+    n, blocks = len(tuned), -(-tuned[0].numel() // SUM_BLOCK)
     sums = torch.empty(blocks, n, dtype=torch.float64, device=tuned[0].device)
     if blocks:
         job = Job(None, base, tuned, grad=grad)

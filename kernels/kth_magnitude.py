@@ -16,8 +16,8 @@ from pykernels.kernels import selection
 from pykernels.kernels.launch import READS, TILE, Job, Launch, Tensors, alignment
 from pykernels.kernels.rounds import tile_keys
 from pykernels.kernels.table import CHOICE, integers
+from pykernels.rows import NONE_KEPT
 
-NONE_KEPT = 0xFFFFFFFF
 BINS = 65536
 COPIES = 8
 

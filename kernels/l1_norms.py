@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from pykernels.kernels.block_sums import BLOCKS, L1_BLOCK, add_rows, deltas, places, tree
+from pykernels.kernels.block_sums import BLOCKS, add_rows, deltas, places, tree
 from pykernels.kernels.lanes import draws
 from pykernels.kernels.launch import READS, Job, Launch, Tensors, alignment
 from pykernels.kernels.table import CHOICE, KEY, NUMEL, OFFSET, PLACE, integers
+from pykernels.rows import SUM_BLOCK
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def l1_norms(
     offset: int = 0,
 ) -> torch.Tensor:
     """Sums [blocks, n, 2] in float64 of |delta| and the kept |delta| per block of 4096 elements."""
-    n, blocks = len(tuned), -(-tuned[0].numel() // L1_BLOCK)
+    n, blocks = len(tuned), -(-tuned[0].numel() // SUM_BLOCK)
     sums = torch.empty(blocks, n, 2, dtype=torch.float64, device=tuned[0].device)
     if blocks:
         job = Job(None, base, tuned, choice=threshold, place=model, offset=offset, key=key)

@@ -13,6 +13,7 @@ import triton.language as tl
 NUMBERS = tl.constexpr(0x7F800001)
 """The least key of a NaN: cuts never exceed it, so that a NaN is never cut away."""
 KEYS = tl.constexpr(0x7FFFFFFF)
+NAN_KEY = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
@@ -92,8 +93,11 @@ def write(address, start, lane, mask, bits, ALIGN: tl.constexpr, WHOLE: tl.const
 
 @triton.jit
 def magnitude(delta):
-    """float32 -> int32 key: the bits of |delta|, which order like |delta|, NaN above Inf."""
-    return (delta.to(tl.uint32, bitcast=True) & KEYS).to(tl.int32)
+    """float32 -> int32 key: the bits of |delta|, which order like |delta|, NaN above Inf.
+
+    All NaN have the key of the canonical one, as a GPU makes another NaN than a CPU.
+    """
+    return tl.minimum((delta.to(tl.uint32, bitcast=True) & KEYS).to(tl.int32), NAN_KEY)
 
 
 @triton.jit

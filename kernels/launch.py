@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
+from triton.errors import TritonError
 
 from pykernels.kernels import table
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on the CPU: few large blocks, for each costs milliseconds."""
 TILE = 16384 if INTERPRETED else 4096
 """Elements that a row of a table is counted in; a multiple of BLOCK."""
@@ -153,8 +154,10 @@ class Launch:
             self.rows[: len(words)] = torch.tensor(words)
         elif len(self.jobs) == 1 or torch.cuda.is_current_stream_capturing():
             pack(self.rows, words)
-        else:
-            self.rows[: len(words)].copy_(torch.tensor(words).pin_memory(), non_blocking=True)
+        else:  # the first words as in a graph, so that a warm-up compiles and loads what a capture needs
+            pack(self.rows, words[: table.WORDS])
+            rest = slice(table.WORDS, len(words))
+            self.rows[rest].copy_(torch.tensor(words[rest]).pin_memory(), non_blocking=True)
 
     def _current(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device: make it that of the tensors."""
@@ -176,7 +179,7 @@ class Launch:
                     self.rows, len(self.jobs), self.stride, self.models, *args,
                     **fixed, num_warps=num_warps, enable_fp_fusion=False,
                 )  # fmt: skip
-        except RuntimeError as error:
+        except (RuntimeError, TritonError) as error:
             shapes = ", ".join(str(list(job.tuned[0].shape)) for job in self.jobs[:4])
             raise RuntimeError(
                 f"{self.op}: {len(self.jobs)} tensors ({shapes}{', ...' * (len(self.jobs) > 4)}) of "

@@ -92,9 +92,10 @@ def merge_lanes(
     IN: tl.constexpr, TO: tl.constexpr, ALIGN: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Elements ``start`` to ``start + limit`` of one job. With SKIP a model of weight 0 takes no part, its
-    NaN neither; a list holds none, for the ops drop such models. MODELS is their number where the loop is to
-    be unrolled, else 0: then it goes round by four, or, where draws need the registers, by one.
+    """Elements ``start`` to ``start + limit`` of one job. With SKIP a model of weight +0 takes no part, its
+    NaN neither (-0 is a weight that became 0); a list holds none, for the ops drop such models. MODELS is
+    their number where the loop is to be unrolled, else 0: then it goes round by four, or, where draws need
+    the registers, by one.
     """
     lane = tl.arange(0, BLOCK)
     mask = lane < limit
@@ -115,7 +116,7 @@ def merge_lanes(
             delta = delta - base
         weight = tl.load(floats(row, WEIGHT) + m)
         if SKIP:
-            delta = tl.where(weight != 0, delta, 0.0)
+            delta = tl.where(weight.to(tl.int32, bitcast=True) != 0, delta, 0.0)
         value = delta * weight
         vote = value
         if COMBINE == PLAIN:

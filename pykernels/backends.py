@@ -59,6 +59,7 @@ ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref")}
 """What ``auto`` tries per device, for every op alike until a committed measurement says otherwise."""
 BACKENDS = ("cpu", "cuda", "triton", "ref")
 DEVICE_SIDE = ("cuda", "triton")
+OLDEST_TRITON = (3, 4)
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 _forced: ContextVar[str | None] = ContextVar(
@@ -100,6 +101,8 @@ def missing(name: str) -> str | None:
     if name == "cuda":
         why: str | None = found.unavailable()
         return why
+    if name == "triton" and tuple(map(int, found.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton must be {'.'.join(map(str, OLDEST_TRITON))} or newer, is {found.__version__}"
     if name == "triton" and not _interpreted() and not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     return None

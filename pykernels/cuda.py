@@ -13,12 +13,11 @@ import torch
 
 from pykernels import _cuda, grouping
 from pykernels.cut import Cut
-from pykernels.rows import CODES, COMBINE, NONE_KEPT, through_float32
+from pykernels.rows import CODES, COMBINE, NONE_KEPT, SUM_BLOCK, through_float32
 
 Tensors = Sequence[torch.Tensor]
 Numbers = list[float] | torch.Tensor | None
 Number = float | torch.Tensor
-_L1_BLOCK = 4096
 
 
 class Job(NamedTuple):
@@ -26,6 +25,7 @@ class Job(NamedTuple):
 
     packed: _cuda.Job
     like: torch.Tensor
+    models: int
     options: tuple[int, ...]  # what the launch takes besides its jobs
     alive: tuple[object, ...]  # whatever memory the job points to
 
@@ -36,7 +36,7 @@ def linear_merge(out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, w
         return through_float32(linear_merge, out, base, tuned, weight)
     packed = _pack(out, base, tuned)
     packed.numbers(*_each(weight), *_each(None), *_each(None), *_one(1.0))
-    _submit(_run_linear, out, Job(packed, tuned[0], (), (out, base, tuned, weight)))
+    _submit(_run_linear, out, Job(packed, tuned[0], len(tuned), (), (out, base, tuned, weight)))
 
 
 task_arithmetic = linear_merge
@@ -50,7 +50,11 @@ def kth_magnitude(base: torch.Tensor | None, tuned: Tensors, k: list[int]) -> Cu
     else:
         packed = _pack(cut, base, tuned, code=0)
         alive = _selection(packed, cut, tuned, k)
-        _run(_cuda.kth_magnitude, "kth_magnitude", [Job(packed, tuned[0], (), (base, tuned, *alive))])
+        _run(
+            _cuda.kth_magnitude,
+            "kth_magnitude",
+            [Job(packed, tuned[0], len(tuned), (), (base, tuned, *alive))],
+        )
     return Cut(cut[0], cut[1])
 
 
@@ -62,7 +66,7 @@ def magnitude_histogram(
     if tuned[0].numel():
         packed = _pack(bins, base, tuned, code=0)
         packed.cut(prefix or [], [])
-        job = Job(packed, tuned[0], (shift, prefix is None), (base, tuned))
+        job = Job(packed, tuned[0], len(tuned), (shift, prefix is None), (base, tuned))
         _run(_cuda.magnitude_histogram, "magnitude_histogram", [job])
     return bins
 
@@ -90,7 +94,7 @@ def ties_merge(
         cut = Cut(*(torch.as_tensor(part, device=out.device).contiguous() for part in cut))
         packed.cut_at(cut.key.data_ptr(), cut.last.data_ptr())  # type: ignore[union-attr]
     alive = (out, base, tuned, cut, weight, vote, share, lambda_)
-    _submit(_run_ties, out, Job(packed, tuned[0], (COMBINE[elect],), alive))
+    _submit(_run_ties, out, Job(packed, tuned[0], len(tuned), (COMBINE[elect],), alive))
 
 
 def ties_fused(
@@ -112,7 +116,7 @@ def ties_fused(
     packed.numbers(*_each(weight), *_each(vote), *_each(share), *_one(lambda_))
     cut = torch.empty(2, len(tuned), dtype=torch.int64, device=out.device)
     alive = (out, base, tuned, weight, vote, share, lambda_, *_selection(packed, cut, tuned, k))
-    _submit(_run_fused, out, Job(packed, tuned[0], (COMBINE[elect], tie == "keep"), alive))
+    _submit(_run_fused, out, Job(packed, tuned[0], len(tuned), (COMBINE[elect], tie == "keep"), alive))
 
 
 def dare_merge(
@@ -138,7 +142,7 @@ def dare_merge(
     packed.draws(threshold, model, key)
     packed.numbers(*_each(weight), *_each(vote), *_each(share), *_one(lambda_))
     alive = (out, base, tuned, weight, vote, share, lambda_)
-    _submit(_run_dare, out, Job(packed, tuned[0], (COMBINE[elect],), alive))
+    _submit(_run_dare, out, Job(packed, tuned[0], len(tuned), (COMBINE[elect],), alive))
 
 
 def l1_norms(
@@ -154,7 +158,7 @@ def l1_norms(
     if tuned[0].numel():
         packed = _pack(sums, base, tuned, offset, code=0)
         packed.draws(threshold, model, key)
-        _run(_cuda.l1_norms, "l1_norms", [Job(packed, tuned[0], (), (base, tuned))])
+        _run(_cuda.l1_norms, "l1_norms", [Job(packed, tuned[0], len(tuned), (), (base, tuned))])
     return sums
 
 
@@ -164,7 +168,7 @@ def dot_products(grad: torch.Tensor, base: torch.Tensor | None, tuned: Tensors) 
     if grad.numel():
         packed = _pack(sums, base, tuned, code=0)
         packed.grad(grad.data_ptr(), CODES[grad.dtype])
-        _run(_cuda.dot_products, "dot_products", [Job(packed, tuned[0], (), (grad, base, tuned))])
+        _run(_cuda.dot_products, "dot_products", [Job(packed, tuned[0], len(tuned), (), (grad, base, tuned))])
     return sums
 
 
@@ -173,7 +177,11 @@ def elect_sign(out: torch.Tensor, deltas: Tensors, weight: Numbers, elect: str) 
     if out.numel():
         packed = _pack(out, None, deltas, code=0)
         packed.numbers(*_each(weight), *_each(None), *_each(None), *_one(1.0))
-        _run(_cuda.elect_sign, "elect_sign", [Job(packed, deltas[0], (COMBINE[elect],), (deltas, weight))])
+        _run(
+            _cuda.elect_sign,
+            "elect_sign",
+            [Job(packed, deltas[0], len(deltas), (COMBINE[elect],), (deltas, weight))],
+        )
 
 
 def trim(out: torch.Tensor, delta: torch.Tensor, cut: Cut, offset: int = 0) -> None:
@@ -226,15 +234,14 @@ def _selection(
 
 
 def _block_sums(tuned: Tensors, *each: int) -> torch.Tensor:
-    blocks = -(-tuned[0].numel() // _L1_BLOCK)
+    blocks = -(-tuned[0].numel() // SUM_BLOCK)
     return torch.empty(blocks, len(tuned), *each, dtype=torch.float64, device=tuned[0].device)
 
 
 def _submit(run: Callable[[list[Job]], None], out: torch.Tensor, job: Job) -> None:
     """Alone or in a group, on the stream that is current now; an empty tensor needs no kernel."""
     if out.numel():
-        place = _place(out.device)
-        key = (place, job.like.dtype, len(job.alive[2]), *job.options)  # type: ignore[arg-type]
+        key = (out.device, job.like.dtype, job.models, *job.options)
         grouping.submit(run, key, job, out.numel())
 
 

@@ -7,9 +7,11 @@ here; outside a group each runs at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TypeVar
+
+import torch
 
 SMALL = 1 << 22
 """Elements up to which a tensor waits for others: a larger one outlasts its own launches."""
@@ -23,15 +25,16 @@ Run = Callable[[list[Job]], None]
 
 
 class Group:
-    """Jobs in the order given, by what one launch must have in common."""
+    """Jobs in the order given, by what one launch must have in common, its stream included."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[Callable[..., None], Hashable], list[object]] = {}
+        self._waiting: dict[tuple[Callable[..., None], Hashable, torch.cuda.Stream | None], list[object]] = {}
         self._elements = self._count = 0
 
     def add(self, run: Callable[..., None], key: Hashable, job: object, elements: int) -> None:
         """Keep ``job``; run all that wait when they have become many."""
-        self._waiting.setdefault((run, key), []).append(job)
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        self._waiting.setdefault((run, key, stream), []).append(job)
         self._elements += elements
         self._count += 1
         if self._elements >= WAITING or self._count >= MANY:
@@ -41,8 +44,9 @@ class Group:
         """Run all that wait, the kind that came first first."""
         waiting, self._waiting = self._waiting, {}
         self._elements = self._count = 0
-        for (run, _), jobs in waiting.items():
-            run(jobs)
+        for (run, _, stream), jobs in waiting.items():
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                run(jobs)
 
 
 _group: ContextVar[Group | None] = ContextVar("pykernels_group", default=None)

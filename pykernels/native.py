@@ -10,7 +10,7 @@ import torch
 
 from pykernels import _C
 from pykernels.cut import Cut
-from pykernels.rows import CODES, COMBINE, NONE_KEPT, through_float32
+from pykernels.rows import CODES, COMBINE, NONE_KEPT, SUM_BLOCK, through_float32
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 
@@ -98,9 +98,7 @@ def ties_merge(
 ) -> None:
     """Trim by known cuts, elect, average: one pass."""
     if out.dtype not in CODES:
-        return through_float32(
-            ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset
-        )
+        return through_float32(ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset)
     key = [min(k, NONE_KEPT) for k in cut.key]
     _C.ties_merge(
         out.data_ptr(),
@@ -193,14 +191,14 @@ def l1_norms(
     offset: int = 0,
 ) -> torch.Tensor:
     """Sums [blocks, n, 2] in float64 of |delta| and the kept |delta| per block of 4096 elements."""
-    sums = torch.empty(-(-tuned[0].numel() // 4096), len(tuned), 2, dtype=torch.float64)
+    sums = torch.empty(-(-tuned[0].numel() // SUM_BLOCK), len(tuned), 2, dtype=torch.float64)
     _C.l1_norms(sums.data_ptr(), *_inputs(base, tuned), threshold, model, key, offset, threads())
     return sums
 
 
 def dot_products(grad: torch.Tensor, base: torch.Tensor | None, tuned: Tensors) -> torch.Tensor:
     """Sums [blocks, n] in float64 of grad * delta per block of 4096 elements."""
-    sums = torch.empty(-(-tuned[0].numel() // 4096), len(tuned), dtype=torch.float64)
+    sums = torch.empty(-(-tuned[0].numel() // SUM_BLOCK), len(tuned), dtype=torch.float64)
     _C.dot_products(sums.data_ptr(), CODES[grad.dtype], grad.data_ptr(), *_inputs(base, tuned), threads())
     return sums
 
@@ -240,4 +238,3 @@ def ideal(out: torch.Tensor, inputs: Tensors, count: int | None = None) -> None:
 def advise_huge(tensor: torch.Tensor) -> None:
     """Ask for huge pages behind a fresh tensor."""
     _C.advise_huge(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-

@@ -13,6 +13,8 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COMBINE = {None: 0, "weighted": 1, "plain": 2}
 NONE_KEPT = 0xFFFF_FFFF
 """A key above all others; keys of cuts are 32 bits in the kernels."""
+SUM_BLOCK = 4096
+"""Elements of a block of the sums in float64 (l1_norms, dot_products)."""
 _PIECE = 1 << 18
 
 

@@ -13,6 +13,7 @@ import torch
 from pykernels.cut import KEEP_ALL_EQUALS, Cut
 from pykernels.ref.kth_magnitude import kth_magnitude
 from pykernels.ref.philox import mask_key
+from pykernels.ref.rounding import NAN
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {
@@ -123,6 +124,16 @@ def make(data: str, numel: int, models: int, dtype: torch.dtype) -> tuple[torch.
     g = torch.Generator().manual_seed(numel * 67 + models)
     base, tuned = DATA[data](numel, models, g)
     return base.to(dtype), [t.to(dtype) for t in tuned]
+
+
+def one_nan(base: torch.Tensor | None, tuned: Tensors) -> tuple[torch.Tensor | None, Tensors]:
+    """The same with the canonical NaN everywhere: kernels of a GPU give all NaN the key of that one."""
+
+    def canonical(x: torch.Tensor) -> torch.Tensor:
+        bits, nan = NAN[x.dtype]
+        return x.view(bits).masked_fill(x.isnan(), nan).view(x.dtype)
+
+    return None if base is None else canonical(base), [canonical(t) for t in tuned]
 
 
 def weights(models: int) -> list[float]:

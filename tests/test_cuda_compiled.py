@@ -55,4 +55,8 @@ def test_a_spill_and_a_missing_architecture_are_seen(monkeypatch, capsys, tmp_pa
 
 def test_without_the_module_the_table_says_so(monkeypatch, capsys):
     monkeypatch.setattr(registers, "built", lambda: None)
+    for variable in ("PYKERNELS_CUDA", "PYKERNELS_REQUIRE_CUDA"):
+        monkeypatch.delenv(variable, raising=False)
     assert registers.main() == 2 and "is not built" in capsys.readouterr().err
+    monkeypatch.setenv("PYKERNELS_REQUIRE_CUDA", "0")  # somebody meant it
+    assert registers.main() == 0 and "left out" in capsys.readouterr().out

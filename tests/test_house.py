@@ -16,7 +16,11 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".cpp", ".h", ".cu"}
 )
-MODULES = [path for path in SOURCES if path.is_relative_to(ROOT / "pykernels")]
+MODULES = [
+    path
+    for path in SOURCES
+    if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("pykernels", "kernels")
+]
 
 FLOORS = (
     ("cli",),
@@ -30,7 +34,7 @@ FLOORS = (
     ("ops",),
     ("library",),
     ("backends",),
-    ("native", "cuda", "check", "ref"),
+    ("native", "cuda", "kernels", "check", "ref"),
     ("rows",),
     ("_C", "_cuda", "cut", "grouping"),
 )
@@ -42,8 +46,10 @@ DATA = {("", "__version__")}
 
 
 def dotted(path: Path) -> str:
-    """``pykernels/engine/run.py`` -> ``engine.run``."""
-    return ".".join(path.relative_to(ROOT / "pykernels").with_suffix("").parts).removesuffix(".__init__")
+    """``pykernels/engine/run.py`` -> ``engine.run``, ``kernels/table.py`` -> ``kernels.table``."""
+    inside = path.relative_to(ROOT)
+    inside = inside.relative_to("pykernels") if inside.parts[0] == "pykernels" else inside
+    return ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:
@@ -60,7 +66,7 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 def is_module(name: str) -> bool:
     """Whether the package holds such a module or folder."""
-    path = ROOT / "pykernels" / Path(*name.split("."))
+    path = ROOT / ("" if name.split(".")[0] == "kernels" else "pykernels") / Path(*name.split("."))
     return name in {"_C", "_cuda"} or path.is_dir() or path.with_suffix(".py").is_file()
 
 

@@ -34,7 +34,9 @@ def sorted_keys(data: str, numel: int, models: int, dtype: torch.dtype) -> list[
 
 
 def cut_by_hand(keys: torch.Tensor, k: int) -> tuple[int, int]:
-    """Sort by key, then by index; the k-th in that order is the last one kept."""
+    """Sort by key, then by index; the k-th in that order is the last one kept. None is, where k is 0."""
+    if k == 0:
+        return 0xFFFFFFFF, -1
     order = torch.sort(keys, descending=True, stable=True)
     return int(order.values[k - 1]), int(order.indices[k - 1])
 

@@ -124,7 +124,10 @@ def test_forced_backends():
         assert backends.call("ties_merge", x).__module__ == "pykernels.ref.blocks"
     assert backends.call("ties_merge", x).__module__ == "pykernels.native"
     assert backends.call("ties_merge", x.double()).__module__ == "pykernels.ref.blocks"
-    with pytest.raises(ValueError, match="known backends are cpu, cuda, triton, ref, got 'gpu'"), pk.use_backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="known backends are cpu, cuda, triton, ref, got 'gpu'"),
+        pk.use_backend("gpu"),
+    ):
         pass
     with pk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu was forced and does not run on meta"):
         backends.call("ties_merge", x.to("meta"))

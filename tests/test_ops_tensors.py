@@ -151,6 +151,23 @@ def test_models_of_weight_0_take_no_part(op, backend):
     assert_same_bits(nothing, OPS[op](base, tuned, 0.0, 1.0))
 
 
+@pytest.mark.parametrize("given", ["numbers", "tensors"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_weight_that_became_0_still_takes_part(op, given, backend):
+    """Its NaN counts, whether lambda is 0 or the weight is no float32; only a weight given as 0 is none."""
+    base, tuned = there(*make("gaussian", NUMEL, 3, torch.float32))
+    tuned = [
+        t.masked_fill(torch.arange(NUMEL, device=DEVICE) % 7 == m, math.nan) for m, t in enumerate(tuned)
+    ]
+    for weight, lambda_ in (([0.5, -0.0, 0.25], 0.0), ([0.5, 0.0, 0.25], 1e-60), ([1e-60, 0.0, 0.5], 1.0)):
+        if given == "tensors":
+            weight = torch.tensor(weight, dtype=torch.float64, device=DEVICE)
+            lambda_ = torch.tensor(lambda_, dtype=torch.float64, device=DEVICE)
+        nan = OPS[op](base, tuned, weight, lambda_).isnan().cpu()
+        wanted = torch.arange(NUMEL) % 7
+        assert torch.equal(nan, (wanted == 0) | (wanted == 2))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_is_read_outside_kernels(op, reader, monkeypatch):
     base, tuned = there(*make("gaussian", NUMEL, 3, torch.bfloat16))

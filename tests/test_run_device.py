@@ -254,6 +254,8 @@ def test_a_forced_backend_reaches_the_threads(
         try:
             report = merge(made, tmp_path / "out", device="cuda:0", device_memory=memory)
         except ValueError as error:
+            if "does not run on" not in str(error):
+                raise
             pytest.skip(f"addresses another memory: {error}")
     assert report.devices[0].backend == backend
     assert json.loads((tmp_path / "out" / "pykernels.json").read_text())["backend"] == backend

@@ -17,7 +17,8 @@ from pykernels.kernels.ties_merge import ties_fused
 from pykernels.ref import magnitude_histogram as ref_histogram
 from pykernels.ref.delta import delta, key
 from tests.bounds import assert_same_bits
-from tests.cases import DATA, DTYPES, EDGES, SHORT, make, weights
+from tests.cases import DATA, DTYPES, EDGES, SHORT, make, one_nan, weights
+from tests.test_kernels_select import cut_by_hand
 from tests.test_triton import nans, there
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, at Inf and NaN
@@ -30,14 +31,6 @@ def long_way(monkeypatch):
     monkeypatch.setattr(selection, "SAMPLE", 1024)
 
 
-def cut_by_hand(keys: torch.Tensor, k: int) -> tuple[int, int]:
-    """Sort by key, then by index; the k-th in that order is the last one kept."""
-    if k == 0:
-        return 0xFFFFFFFF, -1
-    order = torch.sort(keys, descending=True, stable=True)
-    return int(order.values[k - 1]), int(order.indices[k - 1])
-
-
 @functools.lru_cache(maxsize=4)
 def sorted_keys(data: str, numel: int, models: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Keys of every model in index order."""
@@ -47,6 +40,7 @@ def sorted_keys(data: str, numel: int, models: int, dtype: torch.dtype) -> list[
 
 def assert_cuts(base, tuned, k) -> None:
     """The cuts are those of sorted keys, and int64 tensors where the inputs are."""
+    base, tuned = one_nan(base, tuned)
     cut = kth_magnitude(there(base), there(tuned), k)
     assert all(part.dtype == torch.int64 and part.device.type == launch_device() for part in cut)
     wanted = [cut_by_hand(key(delta(base, t)), count) for t, count in zip(tuned, k, strict=True)]
@@ -196,6 +190,6 @@ def test_a_group_of_selections_takes_few_launches(monkeypatch):
 @pytest.mark.parametrize(("shift", "prefix"), [(16, None), (0, [0x3A00, 0, 0x3C80])])
 def test_histograms_are_equal(shift, prefix, dtype):
     for data, numel in (("special", 4999), ("ties", 40_001), ("gaussian", 0)):
-        base, tuned = make(data, numel, 3, dtype)
+        base, tuned = one_nan(*make(data, numel, 3, dtype))
         got = magnitude_histogram(there(base), there(tuned), shift, prefix)
         assert torch.equal(got.cpu(), ref_histogram.magnitude_histogram(base, tuned, shift, prefix))

@@ -61,6 +61,11 @@ inline std::optional<std::string> unavailable() {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(error);
   if (count == 0) return "no CUDA device";
+  for (int device = 0, major = 0; device < count; device++) {
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    if (major < 8)
+      return "device " + std::to_string(device) + " is older than sm_80, for which kernels are compiled";
+  }
   return std::nullopt;
 }
 

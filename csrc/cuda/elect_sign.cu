@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
     float pos = 0, neg = 0;
     for (int m = 0; m < head.n; m++) {
       const Model& model = job.models[m];
-      if (model.weight == 0) continue;
+      if (!takes_part(model)) continue;
       const char* data = static_cast<const char*>(model.data) + begin * dtype_size(dtype);
       const float vote = element_of(dtype, data, i, head.in_alignment) * (plain ? 1.0f : model.weight);
       pos = add_where(pos, vote > 0, vote);

@@ -19,7 +19,7 @@ struct Model {
   int64_t rank;        // how many of its entries are kept (selections)
   int64_t last;        // a known cut: flat index of the last kept among the equals of `key`
   uint32_t key;        // a known cut: kept iff the delta's key is above, or equal at an index up to `last`
-  float weight;        // 0: takes no part
+  float weight;        // +0: takes no part
   float vote, share;   // as in csrc/math/elect.h
   uint32_t threshold;  // kept iff the 16-bit draw is below this (random kernels)
   uint32_t index;      // the model's number in the counter of its draws

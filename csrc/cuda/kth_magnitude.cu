@@ -16,14 +16,15 @@
 namespace pk::cuda {
 namespace {
 
-constexpr int kSample = 16384, kSampleThreads = 512;
+constexpr int kSample = 16384, kSampleThreads = 1024;
+constexpr int kGathered = 8;  // sampled elements that a thread has under way at a time
 constexpr int kPart = 16384;  // stored keys that one block refines
 constexpr double kSigmas = 5;
 constexpr int64_t kKeepAllEquals = int64_t(1) << 62;
 constexpr uint32_t kNoneKept = 0xFFFFFFFFu;
 
-/// One model's search.
-struct __align__(16) Band {
+/// One model's search, on a cache line of its own: all blocks add to it.
+struct __align__(128) Band {
   uint32_t low, high, prefix;
   unsigned tickets;
   Count above, at_high, at_low, stored;  // keys > high, == high, == low, and between the two
@@ -103,8 +104,30 @@ __device__ inline int64_t sampled(int64_t i, int64_t numel) {
   return begin + int64_t((uint64_t(h) * uint64_t(width)) >> 32);
 }
 
+/// Keys of the sample, many loads under way at a time: nobody else hides their latency here.
 template <class T>
-__global__ void __launch_bounds__(kSampleThreads, 2) sample(const __grid_constant__ Table table) {
+__device__ void gather(uint32_t* keys, int count, const Head& head, const Model& model) {
+  const void *base = head.base, *data = model.data;
+  const int64_t numel = head.numel;
+  const int alignment = head.in_alignment;
+  for (int first = int(threadIdx.x); first < count; first += kSampleThreads * kGathered) {
+    float x[kGathered], zero[kGathered];
+#pragma unroll
+    for (int g = 0; g < kGathered; g++) {
+      const int i = first + g * kSampleThreads;
+      const int64_t place = sampled(i < count ? i : first, numel);
+      x[g] = element<T>(data, place, alignment);
+      zero[g] = base ? element<T>(base, place, alignment) : 0;
+    }
+#pragma unroll
+    for (int g = 0; g < kGathered; g++)
+      if (first + g * kSampleThreads < count)
+        keys[first + g * kSampleThreads] = magnitude_key(x[g] - zero[g]);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSampleThreads, 1) sample(const __grid_constant__ Table table) {
   PK_DYNAMIC_SHARED(uint32_t, keys);
   const Job& job = job_of(table, blockIdx.y);
   const Head& head = job.head;
@@ -112,8 +135,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample(const __grid_constan
   const Search s(head, model, int(blockIdx.x));
   for (int b = int(threadIdx.x); b < kBins; b += kSampleThreads) s.bins[b] = 0;
   const int count = int(head.numel < kSample ? head.numel : kSample);
-  for (int i = int(threadIdx.x); i < count; i += kSampleThreads)
-    keys[i] = key_at<T>(head, model, sampled(i, head.numel));
+  gather<T>(keys, count, head, model);
   __syncthreads();
   const double density = double(model.rank) / double(head.numel), wanted = density * count;
   const double margin = head.numel <= kSample ? 0 : kSigmas * sqrt(wanted * (1 - density)) + kSigmas;
@@ -127,68 +149,85 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample(const __grid_constan
   if (threadIdx.x == 0) *s.band = Band{low_key, high_key, 0, 0, 0, 0, 0, 0, 0};
 }
 
+/// What a thread holds of a tile of one tensor: 16 elements.
+template <class T>
+struct Held {
+  using Layout = Contiguous<T>;
+  static constexpr int kWidth = Layout::kWidth, kElements = kTile / kThreads;
+  Raw<T, kWidth> raw[kElements / kWidth];
+
+  __device__ static int place(int e) {
+    return Layout::at(Layout::first(int(threadIdx.x) + e / kWidth * kThreads), e % kWidth);
+  }
+  __device__ void load_tile(const void* data, int64_t begin, int size, int alignment) {
+    const char* tile = static_cast<const char*>(data) + begin * int64_t(sizeof(T));
+#pragma unroll
+    for (int e = 0; e < kElements; e += kWidth)
+      raw[e / kWidth] = load<T, Layout>(tile, place(e), size, alignment);
+  }
+  __device__ float at(int e) const { return widen(raw[e / kWidth].x[e % kWidth]); }
+};
+
+/// Keys of one thread's elements against a band: counts of those above, at high, at low and between (16 bits
+/// each); `between` gets a bit per element.
+template <class T>
+__device__ __forceinline__ Count classify(const Held<T>& x, const Held<T>& base, int size, const Band& band,
+                                          uint32_t& between) {
+  const uint32_t low = band.low, high = band.high;
+  Count counts = 0;
+  between = 0;
+#pragma unroll
+  for (int e = 0; e < Held<T>::kElements; e++) {
+    const uint32_t key = magnitude_key(x.at(e) - base.at(e));
+    const bool here = Held<T>::place(e) < size, open = here && key > low && key < high;
+    counts += Count(here && key > high) + (Count(here && key == high) << 16) +
+              (Count(here && key == low && low != high) << 32) + (Count(open) << 48);
+    between |= uint32_t(open) << e;
+  }
+  return counts;
+}
+
+/// Adds a tile's counts to the band's; the place where its stored keys begin.
+__device__ inline Count account(const Search& s, int64_t tile, Count total) {
+  const Count above = total & 0xFFFF, at_high = total >> 16 & 0xFFFF, at_low = total >> 32 & 0xFFFF;
+  if (above) atomicAdd(&s.band->above, above);
+  if (at_high) atomicAdd(&s.band->at_high, at_high);
+  if (at_low) atomicAdd(&s.band->at_low, at_low);
+  s.ends[tile] = unsigned(at_high) | unsigned(at_low) << 16;
+  s.inside[tile] = 0;
+  return total >> 48 ? atomicAdd(&s.band->stored, total >> 48) : 0;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) count(const __grid_constant__ Table table) {
-  using Layout = Contiguous<T>;
-  constexpr int kWidth = Layout::kWidth, kSteps = kTile / kThreads / kWidth;
   __shared__ Job job;
   __shared__ Count reserved;
   const int64_t tile = stage(table, blockIdx.x, job), begin = tile * kTile;
   const Head& head = job.head;
   const int size = int(head.numel - begin < kTile ? head.numel - begin : kTile);
-  Raw<T, kWidth> base[kSteps] = {};
-#pragma unroll
-  for (int step = 0; step < kSteps; step++)
-    if (head.base)
-      base[step] =
-          load<T, Layout>(static_cast<const char*>(head.base) + begin * int64_t(sizeof(T)),
-                          Layout::first(int(threadIdx.x) + step * kThreads), size, head.in_alignment);
+  Held<T> base{}, next;
+  if (head.base) base.load_tile(head.base, begin, size, head.in_alignment);
+  next.load_tile(job.models[0].data, begin, size, head.in_alignment);
 #pragma unroll 1
   for (int m = 0; m < head.n; m++) {
     const Search s(head, job.models[m], m);
-    const uint32_t low = s.band->low, high = s.band->high;
-    const char* data = static_cast<const char*>(job.models[m].data) + begin * int64_t(sizeof(T));
-    Raw<T, kWidth> raw[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; step++)
-      raw[step] =
-          load<T, Layout>(data, Layout::first(int(threadIdx.x) + step * kThreads), size, head.in_alignment);
-    uint32_t between = 0;  // bit per element of this thread
-    Count counts = 0;      // above, at high, at low, between: 16 bits each
-#pragma unroll
-    for (int e = 0; e < kSteps * kWidth; e++) {
-      const int step = e / kWidth, k = e % kWidth;
-      const int i = Layout::at(Layout::first(int(threadIdx.x) + step * kThreads), k);
-      const uint32_t key = magnitude_key(widen(raw[step].x[k]) - widen(base[step].x[k]));
-      const bool here = i < size, at_high = here && key == high, at_low = here && key == low && low != high;
-      const bool open = here && key > low && key < high;
-      counts +=
-          Count(here && key > high) + (Count(at_high) << 16) + (Count(at_low) << 32) + (Count(open) << 48);
-      between |= uint32_t(open) << e;
-    }
+    const Held<T> x = next;
+    // The next model's elements arrive while this one's are counted and stored.
+    if (m + 1 < head.n) next.load_tile(job.models[m + 1].data, begin, size, head.in_alignment);
+    uint32_t between;
     Count total;
-    const int before = int(sum_before(counts, total) >> 48);
-    if (threadIdx.x == 0) {
-      const Count at_high = total >> 16 & 0xFFFF, at_low = total >> 32 & 0xFFFF, open = total >> 48;
-      if (total & 0xFFFF) atomicAdd(&s.band->above, total & 0xFFFF);
-      if (at_high) atomicAdd(&s.band->at_high, at_high);
-      if (at_low) atomicAdd(&s.band->at_low, at_low);
-      reserved = open ? atomicAdd(&s.band->stored, open) : 0;
-      s.ends[tile] = unsigned(at_high) | unsigned(at_low) << 16;
-      s.inside[tile] = 0;
-    }
+    const int before = int(sum_before(classify(x, base, size, *s.band, between), total) >> 48);
+    if (threadIdx.x == 0) reserved = account(s, tile, total);
     __syncthreads();
     int64_t to = int64_t(reserved) + before;
 #pragma unroll
-    for (int e = 0; e < kSteps * kWidth; e++) {
-      const int step = e / kWidth, k = e % kWidth;
-      if (between >> e & 1u) {
-        if (to < s.capacity) {
-          s.keys[to] = magnitude_key(widen(raw[step].x[k]) - widen(base[step].x[k]));
-          s.owners[to] = uint32_t(tile);
-        }
-        to++;
+    for (int e = 0; e < Held<T>::kElements; e++) {
+      if ((between >> e & 1u) == 0) continue;
+      if (to < s.capacity) {
+        s.keys[to] = magnitude_key(x.at(e) - base.at(e));
+        s.owners[to] = uint32_t(tile);
       }
+      to++;
     }
     __syncthreads();
   }

@@ -1,8 +1,7 @@
 // One float as the lane type of csrc/math: the mathematics of a GPU thread is what the CPU's vectors do.
 #pragma once
-#include "device.h"
-//
 #include "../math/dtype.h"
+#include "device.h"
 
 namespace pk {
 
@@ -33,7 +32,11 @@ struct Fill<float> {
   PK_HD static float of(float x) { return x; }
 };
 
-PK_HD uint32_t magnitude_key(float delta) { return float_bits(delta) & kAbs; }
+/// The key of a float; all NaN have that of the canonical one, as a GPU makes another NaN than a CPU.
+PK_HD uint32_t magnitude_key(float delta) {
+  const uint32_t key = float_bits(delta) & kAbs;
+  return key < kNaN ? key : kNaN;
+}
 PK_HD bool is_nan(float x) { return x != x; }
 
 }  // namespace pk

@@ -6,8 +6,8 @@
 
 namespace pk::cuda {
 
-constexpr int kTogether =
-    2;  // models whose loads are under way at a time: more would cost a block its registers
+// Models whose loads are under way at a time: more would cost a block its registers.
+constexpr int kTogether = 2;
 
 template <class T>
 struct KeepAll {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void merge_elements(const Job& job, int64_t begin, in
         raw[t] = load<T, Layout>(at<T>(job.models[m + t].data, begin), first, count, head.in_alignment);
 #pragma unroll
     for (int t = 0; t < kTogether; t++) {
-      if (m + t >= n || job.models[m + t].weight == 0) continue;
+      if (m + t >= n || !takes_part(job.models[m + t])) continue;
       const Model& model = job.models[m + t];
       keep.model(model);
 #pragma unroll

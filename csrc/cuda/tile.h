@@ -5,6 +5,9 @@
 
 namespace pk::cuda {
 
+/// A weight of +0 says that a model takes no part; -0 is a weight that became 0, so that its NaN counts.
+__device__ __forceinline__ bool takes_part(const Model& model) { return float_bits(model.weight) != 0; }
+
 /// Every thread takes 16 bytes side by side.
 template <class T>
 struct Contiguous {

@@ -19,7 +19,7 @@ from pykernels.engine.passes import common_dtype, merge_whole
 from pykernels.engine.prefetch import Prefetcher
 from pykernels.engine.schedule import Unit
 from pykernels.engine.station import Board, Station, Stopped
-from pykernels.grouping import grouped
+from pykernels.grouping import alone, grouped
 from pykernels.methods import Method
 
 T = TypeVar("T")
@@ -142,13 +142,16 @@ class Lane:
                 held = self._take(self._arrived)
                 self._run(held, self._observe, statistic)
                 self.give_back(held)
-            statistic.next_round()
+            # In the queue of the merges: what it computes on the device, they read.
+            self._station.busy.merging += self._station.device.merge(statistic.next_round, held.mark)
             self._put(self._verdicts, statistic.done)
-        return statistic.finish()
+        found: list[Any] = []
+        self._station.device.merge(lambda: found.append(statistic.finish()), held.mark)
+        return found[0]
 
     def _run(self, held: Held, work: Callable[[Part, torch.Tensor, Place, Any], None], extra: Any) -> None:
         def all_parts() -> None:
-            with grouped():  # small tensors of one load share launches
+            with alone(), grouped():  # small tensors of one load share launches, and no other's
                 for part, place in zip(held.load.parts, held.load.places, strict=True):
                     work(part, held.region, place, extra)
 

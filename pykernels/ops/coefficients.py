@@ -104,7 +104,16 @@ def pick(weight: Weights, models: Sequence[int]) -> Weights:
 
 def narrow(value: Weights) -> Weights:
     """As kernels take it: numbers as they are, a tensor [n] in contiguous float32."""
-    return value.to(torch.float32).contiguous() if is_tensor(value) else value
+    return marked(value.to(torch.float32), value) if is_tensor(value) else value
+
+
+def marked(weight: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """float32 weights [n] as kernels read them: +0 for a model that was ``given`` weight 0 and takes no part.
+
+    One that takes part may have become 0 on the way (lambda 0, underflow): it gets -0, and its NaN counts.
+    """
+    none = torch.zeros_like(weight)
+    return torch.where(given == 0, none, torch.where(weight == 0, -none, weight))
 
 
 def narrow_scalar(value: Scalar) -> Scalar:
@@ -119,8 +128,8 @@ def fold(weight: Weights, scale: list[float] | Scalar, total: Scalar, like: torc
             return [w * s / total for w, s in zip(weight, scale, strict=True)]
         return [w * scale / total for w in weight]
     # Tensor by tensor: CUDA divides by a number by multiplying with its reciprocal.
-    product = wide(weight, like) * wide(scale, like)
-    return (product / wide(total, like)).to(torch.float32)
+    given = wide(weight, like)
+    return marked((given * wide(scale, like) / wide(total, like)).to(torch.float32), given)
 
 
 def wide(value: Weights | Scalar, like: torch.Tensor) -> torch.Tensor:

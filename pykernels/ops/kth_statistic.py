@@ -10,6 +10,9 @@ from pykernels import backends
 from pykernels.cut import KEEP_ALL_EQUALS, Cut
 from pykernels.ops.kth_magnitude import DIGIT, counts
 
+NAN_KEY = 0x7FC0_0000
+"""The key of the canonical NaN."""
+
 
 class KthStatistic:
     """The selection of :func:`kth_magnitude` over chunks that come in any order.
@@ -124,4 +127,7 @@ class KthStatistic:
         kind, bits = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
         zero = None if base is None else base.to(kind)
         deltas = (t.to(kind) if zero is None else t.to(kind) - zero for t in tuned)
-        return [(d.abs().view(bits), p) for d, p in zip(deltas, self._prefix, strict=True)]
+        keys = [d.abs().view(bits) for d in deltas]
+        if backends.device_side("magnitude_histogram", tuned[0]):  # where all NaN have one key
+            keys = [k.clamp(max=NAN_KEY) for k in keys]
+        return list(zip(keys, self._prefix, strict=True))
