@@ -9,7 +9,8 @@ import torch
 
 import pykernels as pk
 from pykernels.ops import gradient
-from tests.cases import DTYPES, SHORT, make, weights
+from tests.cases import DTYPES, SHORT, weights
+from tests.where import DEVICE, make
 
 ALL = (*DTYPES, torch.float64)
 NUMEL = 3 * 4096 + 77
@@ -49,8 +50,8 @@ def within(got, wanted, room):
 def coefficients(models, dtype):
     """Leaves for weight and lambda."""
     return (
-        torch.tensor(weights(models), dtype=dtype, requires_grad=True),
-        torch.tensor(0.7, dtype=dtype, requires_grad=True),
+        torch.tensor(weights(models), dtype=dtype, requires_grad=True, device=DEVICE),
+        torch.tensor(0.7, dtype=dtype, requires_grad=True, device=DEVICE),
     )
 
 
@@ -62,7 +63,7 @@ def test_gradients_of_task_arithmetic(dtype, kind, with_base, normalize):
     base, tuned = make("gaussian", NUMEL, 4, dtype)
     base = base if with_base else None
     weight, lambda_ = coefficients(4, kind)
-    grad = torch.randn(NUMEL, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad = torch.randn(NUMEL, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     merged = pk.task_arithmetic(base, tuned, weight=weight, lambda_=lambda_, normalize=normalize)
     assert merged.dtype == dtype
     got = torch.autograd.grad(merged, [weight, lambda_], grad)
@@ -78,9 +79,9 @@ def test_gradients_of_task_arithmetic(dtype, kind, with_base, normalize):
 @pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.float64])
 def test_gradients_of_linear_merge(out_dtype, normalize):
     _, tuned = make("gaussian", NUMEL, 3, torch.bfloat16)
-    weight, one = coefficients(3, torch.float32)[0], torch.tensor(1.0)
+    weight, one = coefficients(3, torch.float32)[0], torch.tensor(1.0, device=DEVICE)
     merged = pk.linear_merge(tuned, weight, normalize=normalize, out_dtype=out_dtype)
-    grad = torch.randn(NUMEL, generator=torch.Generator().manual_seed(2)).to(merged.dtype)
+    grad = torch.randn(NUMEL, generator=torch.Generator().manual_seed(2)).to(DEVICE, merged.dtype)
     [got] = torch.autograd.grad(merged, [weight], grad)
     leaf = weight.detach().double().requires_grad_()
     [wanted] = torch.autograd.grad(formula(None, tuned, leaf, one, normalize), [leaf], grad.double())
@@ -91,7 +92,7 @@ def test_gradients_of_linear_merge(out_dtype, normalize):
 def test_gradcheck(normalize):
     base, tuned = make("gaussian", 33, 3, torch.float64)
     weight, lambda_ = coefficients(3, torch.float64)
-    every = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    every = torch.tensor(0.4, dtype=torch.float64, requires_grad=True, device=DEVICE)
     for call, inputs in (
         (lambda w: pk.linear_merge(tuned, w, normalize=normalize), (weight,)),
         (lambda w: pk.linear_merge(tuned, w, normalize=normalize), (every,)),
@@ -126,20 +127,20 @@ def test_gradients_are_the_same_bits_every_time():
 
 
 def test_a_model_of_weight_0_has_a_gradient_and_no_part():
-    x, y = torch.tensor([3.0, 1.0]), torch.tensor([5.0, math.nan])
-    weight = torch.tensor([1.0, 0.0], requires_grad=True)
+    x, y = torch.tensor([3.0, 1.0], device=DEVICE), torch.tensor([5.0, math.nan], device=DEVICE)
+    weight = torch.tensor([1.0, 0.0], requires_grad=True, device=DEVICE)
     merged = pk.linear_merge([x, y[:1].expand(2).contiguous()], weight, normalize=False)
     assert merged.tolist() == [3.0, 1.0]
     assert torch.autograd.grad(merged.sum(), [weight])[0].tolist() == [4.0, 10.0]
-    lambda_ = torch.tensor(2.0, requires_grad=True)
+    lambda_ = torch.tensor(2.0, requires_grad=True, device=DEVICE)
     merged = pk.task_arithmetic(None, [x, y], weight=weight, lambda_=lambda_)
     by_weight, by_lambda = torch.autograd.grad(merged.sum(), [weight, lambda_])
     assert by_weight[0] == 8.0 and bool(by_weight[1].isnan()) and by_lambda == 4.0
 
 
 def test_a_divisor_of_exactly_0_is_a_constant():
-    x, y = torch.tensor([3.0]), torch.tensor([5.0])
-    weight = torch.tensor([1.0, -1.0], requires_grad=True)
+    x, y = torch.tensor([3.0], device=DEVICE), torch.tensor([5.0], device=DEVICE)
+    weight = torch.tensor([1.0, -1.0], requires_grad=True, device=DEVICE)
     merged = pk.linear_merge([x, y], weight)
     assert merged.tolist() == [-2.0]
     assert torch.autograd.grad(merged.sum(), [weight])[0].tolist() == [3.0, 5.0]
@@ -147,7 +148,7 @@ def test_a_divisor_of_exactly_0_is_a_constant():
 
 def test_one_weight_for_all_has_one_gradient():
     base, tuned = make("integers", 100, 3, torch.float32)
-    weight = torch.tensor(0.5, requires_grad=True)
+    weight = torch.tensor(0.5, requires_grad=True, device=DEVICE)
     pk.task_arithmetic(base, tuned, weight=weight).sum().backward()
     assert weight.grad == sum((t - base).sum() for t in tuned)
     weight.grad = None
@@ -157,11 +158,11 @@ def test_one_weight_for_all_has_one_gradient():
 
 def test_gradients_that_are_views_are_read_right():
     base, tuned = make("integers", 64, 2, torch.float32)
-    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    weight = torch.tensor([1.0, 2.0], requires_grad=True, device=DEVICE)
     for grad in (
-        torch.ones(1).expand(64),
-        torch.arange(128.0)[::2],
-        torch._neg_view(torch.arange(64.0)),
+        torch.ones(1, device=DEVICE).expand(64),
+        torch.arange(128.0, device=DEVICE)[::2],
+        torch._neg_view(torch.arange(64.0, device=DEVICE)),
     ):
         merged = pk.task_arithmetic(base, tuned, weight=weight)
         [got] = torch.autograd.grad(merged, [weight], grad)
@@ -169,22 +170,22 @@ def test_gradients_that_are_views_are_read_right():
 
 
 def test_inputs_get_no_gradient_and_no_graph_without_one():
-    x = torch.ones(8, requires_grad=True)
-    weight = torch.nn.Parameter(torch.ones(2))
+    x = torch.ones(8, requires_grad=True, device=DEVICE)
+    weight = torch.nn.Parameter(torch.ones(2, device=DEVICE))
     merged = pk.task_arithmetic(x, [x * 2, x * 3], weight=weight)
     assert merged.requires_grad
     assert torch.autograd.grad(merged.sum(), [x, weight], allow_unused=True)[0] is None
     with torch.no_grad():
         assert not pk.task_arithmetic(x, [x, x], weight=weight).requires_grad
         assert not pk.ties_merge(x, [x, x], density=0.5, weight=weight).requires_grad
-        out = torch.empty(8)
+        out = torch.empty(8, device=DEVICE)
         assert pk.linear_merge([x, x], weight, out=out) is out
     assert not pk.task_arithmetic(x, [x, x], weight=weight.detach()).requires_grad
 
 
 def test_there_is_no_second_derivative():
     base, tuned = make("gaussian", 64, 2, torch.float32)
-    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    weight = torch.tensor([1.0, 2.0], requires_grad=True, device=DEVICE)
     merged = pk.task_arithmetic(base, tuned, weight=weight)
     [grad] = torch.autograd.grad(merged.square().sum(), [weight], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative is defined"):
@@ -192,7 +193,7 @@ def test_there_is_no_second_derivative():
 
 
 def test_no_elements():
-    empty = [torch.zeros(0, 3)] * 2
-    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    empty = [torch.zeros(0, 3, device=DEVICE)] * 2
+    weight = torch.tensor([1.0, 2.0], requires_grad=True, device=DEVICE)
     pk.linear_merge(empty, weight).sum().backward()
     assert weight.grad.tolist() == [0.0, 0.0]

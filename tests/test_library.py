@@ -9,12 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pykernels as pk
 from pykernels import library
 from tests.bounds import assert_same_bits
-from tests.cases import DTYPES, SHORT, make, weights
+from tests.cases import DTYPES, SHORT, weights
+from tests.where import DEVICE, make
 
 ALL = (*DTYPES, torch.float64)
 NUMEL = 100
-WEIGHT = torch.tensor([0.5, 0.2, -0.3, 0.25])
-LAMBDA = torch.tensor(0.7)
+WEIGHT = torch.tensor([0.5, 0.2, -0.3, 0.25], device=DEVICE)
+LAMBDA = torch.tensor(0.7, device=DEVICE)
 BIG = 2**64 - 1
 
 # Each takes [base, *tuned] and options such as out and out_dtype.
@@ -113,7 +114,7 @@ def test_one_graph_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", [*MERGES, *STAGES])
 def test_out_in_a_graph(name):
     call = {**MERGES, **STAGES}[name]
-    x, out = inputs(), torch.empty(NUMEL, dtype=torch.bfloat16)
+    x, out = inputs(), torch.empty(NUMEL, dtype=torch.bfloat16, device=DEVICE)
     wanted = call(x)
 
     def fill(x, out):
@@ -240,7 +241,7 @@ FAKE_ERRORS = [
 @pytest.mark.parametrize(("call", "text"), FAKE_ERRORS, ids=[text[:40] for _, text in FAKE_ERRORS])
 def test_a_graph_is_refused_with_the_words_of_the_door(call, text):
     with pytest.raises(Exception) as error:
-        compiled(call)(torch.ones(4))
+        compiled(call)(torch.ones(4, device=DEVICE))
     assert text in str(error.value)
 
 
@@ -248,7 +249,7 @@ def test_fakes_have_the_shape_and_dtype_of_the_result():
     ops = torch.ops.pykernels
     list(schemas(torch.float32))
     with FakeTensorMode():
-        x = [torch.empty(3, 5, dtype=torch.float16) for _ in range(4)]
+        x = [torch.empty(3, 5, dtype=torch.float16, device=DEVICE) for _ in range(4)]
         merged = ops.linear_merge(x, [1.0] * 4, None, normalize=True, out_dtype=torch.float64)
         assert (merged.shape, merged.dtype) == ((3, 5), torch.float64)
         signs = ops.elect_sign(x, [1.0] * 4, None, elect="plain")
