@@ -9,8 +9,8 @@ from pykernels import cuda
 from pykernels.ref.delta import delta, key
 from tests.bounds import assert_same_bits
 from tests.cases import DATA, DTYPES, EDGES, SHORT, make, one_nan
-from tests.test_cuda import EMULATED, there
 from tests.test_kernels_select import cut_by_hand, ranks
+from tests.where import EMULATED, there
 
 SAMPLE = 16384
 """As in csrc/cuda/kth_magnitude.cu: up to here everything is sampled."""

@@ -19,7 +19,7 @@ from pykernels.ref.delta import delta, key
 from tests.bounds import assert_same_bits
 from tests.cases import DATA, DTYPES, EDGES, SHORT, make, one_nan, weights
 from tests.test_kernels_select import cut_by_hand
-from tests.test_triton import nans, there
+from tests.where import nans, there
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, at Inf and NaN
 
