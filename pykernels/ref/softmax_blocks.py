@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 
 from pykernels.ref import softmax as truth
+from pykernels.ref.delta import in_order
 from pykernels.ref.rounding import round_once
 
 LARGEST = 2**20
@@ -63,7 +64,7 @@ def logsumexp(out: torch.Tensor, x: torch.Tensor, temperature: float) -> None:
 def softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float) -> None:
     """scale * y * (grad - sum(grad * y))."""
     for places in _rows(y):
-        dot = sum((grad[at].double() * y[at].double()).sum(1, keepdim=True) for at in places)
+        dot = in_order((grad[at].double() * y[at].double()).sum(1, keepdim=True) for at in places)
         for at in places:
             out[at] = round_once(truth.softmax_backward(grad[at], y[at], dot, scale), out.dtype)
 
@@ -71,7 +72,7 @@ def softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, sca
 def log_softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float) -> None:
     """scale * (grad - e**y * sum(grad))."""
     for places in _rows(y):
-        total = sum(grad[at].double().sum(1, keepdim=True) for at in places)
+        total = in_order(grad[at].double().sum(1, keepdim=True) for at in places)
         for at in places:
             out[at] = round_once(truth.log_softmax_backward(grad[at], y[at], total, scale), out.dtype)
 

@@ -1,4 +1,4 @@
-"""The Two-Pass Softmax Algorithm (Dukhan and Ablavatski, 2020, https://arxiv.org/abs/2001.04438), as published.
+"""The Two-Pass Softmax Algorithm (Dukhan and Ablavatski, 2020, arXiv:2001.04438), as published.
 
 No backend runs this: it stands here to show where the published kernel is no drop-in for ``torch.softmax``
 (+inf in a row, rows of finfo.min, logits past 2**22, float32 sums over long rows).
@@ -51,8 +51,8 @@ def _fma(a: torch.Tensor, b: torch.Tensor | float, c: torch.Tensor | float) -> t
 def _sum(m: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of pairs [rows, n] as one pair [rows, 1]: lane by lane, then over the lanes."""
     short = -m.shape[1] % LANES
-    m = torch.nn.functional.pad(m, (0, short)).unflatten(1, (-1, LANES))
-    e = torch.nn.functional.pad(e, (0, short), value=-math.inf).unflatten(1, (-1, LANES))
+    m = torch.nn.functional.pad(m, (0, short)).view(len(m), -1, LANES)
+    e = torch.nn.functional.pad(e, (0, short), value=-math.inf).view(len(e), -1, LANES)
     total, power = m[:, 0], e[:, 0]
     for i in range(1, m.shape[1]):
         most = torch.maximum(power, e[:, i])
