@@ -72,7 +72,10 @@ def over_rows(
     source = x if _readable(x, kind) else target.detach().copy_(x)
     if x.numel():
         _split(op, target, source, at, options)
-    return target if out is None or target is out else out.detach().copy_(target)
+    if out is None or target is out:
+        return target
+    out.detach().copy_(target)
+    return out
 
 
 def _readable(x: torch.Tensor, kind: torch.dtype) -> bool:
