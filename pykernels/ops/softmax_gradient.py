@@ -85,7 +85,7 @@ def _row_op(op: str) -> Callable[..., torch.Tensor]:
         out = backends.fresh(y.shape, dtype, y.device)
         if y.numel():
             given = (rows_of(t.contiguous().resolve_neg(), dim) for t in (grad, y))
-            backends.call(op, y)(rows_of(out, dim), *given, scale)
+            backends.call(op, out if dtype == torch.float64 else y)(rows_of(out, dim), *given, scale)
         return out
 
     return run
