@@ -50,6 +50,8 @@ TABLE: dict[str, dict[str, str]] = {
     }
     for op in ROWS
 }
+CPU_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
+TABLE |= {op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in CPU_ROWS}
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
 _HUGE = 1 << 20

@@ -1,0 +1,223 @@
+// softmax, log_softmax and logsumexp over a dimension that is not the last: sixteen columns at a time.
+// Traffic: reads x once and writes out once while 4096 rows hold the whole dimension, as the columns wait in
+// scratch that stays in the cache; a longer dimension is read three times.
+#include "softmax_tile.h"
+
+namespace pk::cpu::PK_ISA {
+namespace {
+
+/// What a row has once, sixteen times.
+struct alignas(64) State {
+  float most[kWidth], shift[kWidth], magic[kWidth], low[kWidth];
+  float inverse[kWidth], lowered[kWidth], limit[kWidth], floor[kWidth], high[kWidth], rest[kWidth];
+  float log_sum[kWidth];
+  double total[kWidth], before[kWidth];
+  int exponent[kWidth];
+  bool nan[kWidth];
+};
+
+struct Place {
+  int64_t outer, first;
+  int width;
+};
+
+template <class T>
+void load_plain(const Softmax& job, Place at, int64_t begin, int64_t rows, float* z) {
+  const T* x = static_cast<const T*>(job.x) + (at.outer * job.n + begin) * job.inner + at.first;
+  if (at.width == kWidth) {
+    for (int64_t i = 0; i < rows; i++) widen(x + i * job.inner, kWidth, z + i * kWidth);
+    return;
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    memset(z + i * kWidth, 0, kWidth * sizeof(float));
+    widen(x + i * job.inner, at.width, z + i * kWidth);
+  }
+}
+
+/// Rows [begin, begin + rows) of the columns to z [rows, 16], shifted where the state says so.
+void load_columns(const Softmax& job, Place at, int64_t begin, int64_t rows, const State& state, bool shifted,
+                  float* z) {
+  if (!job.plain()) {
+    for (int64_t i = 0; i < rows; i++) {
+      memset(z + i * kWidth, 0, kWidth * sizeof(float));
+      load_z(job, (at.outer * job.n + begin + i) * job.inner + at.first,
+             at.outer * job.mask_stride[0] + (begin + i) * job.mask_stride[1] + at.first * job.mask_stride[2],
+             job.mask_stride[2], at.width, 0, z + i * kWidth);
+    }
+  } else if (job.dtype == kF32) {
+    load_plain<float>(job, at, begin, rows, z);
+  } else if (job.dtype == kBF16) {
+    load_plain<bf16>(job, at, begin, rows, z);
+  } else {
+    load_plain<f16>(job, at, begin, rows, z);
+  }
+  if (!shifted) return;
+  for (int p = 0; p < kWidth; p += kLanes) {
+    const F shift = load_floats(state.shift + p);
+    for (int64_t i = 0; i < rows; i++) store(z + i * kWidth + p, load_floats(z + i * kWidth + p) - shift);
+  }
+}
+
+void find_largest(const float* z, int64_t rows, State& state) {
+  for (int p = 0; p < kWidth; p += kLanes) {
+    F most = load_floats(state.most + p);
+    for (int64_t i = 0; i < rows; i++) most = larger(load_floats(z + i * kWidth + p), most);
+    store(state.most + p, most);
+  }
+}
+
+void find_nan(const float* z, int64_t rows, State& state) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int c = 0; c < kWidth; c++) state.nan[c] |= z[i * kWidth + c] != z[i * kWidth + c];
+}
+
+/// Exponents from the largest elements; whether a column has to be shifted, or has no exponent at all.
+struct Needs {
+  bool shift, infinite;
+};
+Needs choose(const Softmax& job, Place at, State& state) {
+  Needs needs{false, false};
+  for (int c = 0; c < kWidth; c++) {
+    const float most = c < at.width ? with_sink(state.most[c], sink_of(job, at.outer, at.first + c)) : 0;
+    state.most[c] = most;
+    const bool finite = most - most == 0;
+    state.shift[c] = finite && !in_range(most) ? most : 0;
+    needs.shift |= state.shift[c] != 0;
+    needs.infinite |= !finite;
+    state.exponent[c] = in_range(most) ? nearest_exponent(most) : 0;
+    const Reference r = reference(state.exponent[c]);
+    state.magic[c] = r.magic;
+    state.low[c] = r.low;
+    state.total[c] = state.before[c] = 0;
+    state.nan[c] = false;
+  }
+  return needs;
+}
+
+/// Sums of one block of at most 4096 rows; w in place of z if asked for. Lanes and tree as in softmax.h.
+template <int degree, bool keep>
+void sum_block(float* z, int64_t rows, State& state) {
+  alignas(64) float lanes[kStripe][kWidth] = {};
+  for (int p = 0; p < kWidth; p += kLanes) {
+    const F magic = load_floats(state.magic + p), low = load_floats(state.low + p);
+    const auto term = [&](int64_t i) PK_ALWAYS {
+      float* place = z + i * kWidth + p;
+      const F w = lifted_exp<degree>(load_floats(place), magic, low);
+      if (keep) store(place, w);
+      return w;
+    };
+    for (int64_t group = 0; group < rows; group += kLazy)
+      for (int64_t i = group; i < group + kStripe && i < rows; i++) {
+        F part = term(i);
+        for (int64_t k = i + kStripe; k < group + kLazy && k < rows; k += kStripe) part = part + term(k);
+        float* lane = lanes[i - group] + p;
+        store(lane, load_floats(lane) + part);
+      }
+  }
+  add_lanes(lanes, state.total);
+}
+
+void conclude(const Softmax& job, Place at, State& state) {
+  for (int c = 0; c < at.width; c++) {
+    const float sink = sink_of(job, at.outer, at.first + c);
+    double total = state.before[c] + state.total[c];
+    if (job.sink) total += lifted_sink(sink, state.shift[c], {state.magic[c], state.low[c]});
+    Answer a = answer_of(total, state.exponent[c], state.shift[c]);
+    if (state.most[c] - state.most[c] != 0)
+      a = answer_at_infinity(job, state.most[c], state.nan[c] || sink != sink);
+    if (a.fill != Answer::kCompute) {  // by numbers that give it whatever the column holds
+      const float x = filling(job, a.fill);
+      a.inverse = a.lowered = x;
+      a.limit = -1;
+      a.high = x != x ? x : -kMinusInfinity;
+    }
+    state.magic[c] = a.fill == Answer::kCompute ? a.magic : state.magic[c];
+    state.low[c] = a.fill == Answer::kCompute ? a.low : state.low[c];
+    state.inverse[c] = a.inverse;
+    state.lowered[c] = a.lowered;
+    state.limit[c] = a.limit;
+    state.floor[c] = a.floor;
+    state.high[c] = a.high;
+    state.rest[c] = a.rest;
+    state.log_sum[c] = a.log_sum;
+  }
+}
+
+template <class O>
+PK_IN F finished_lanes(F w, const State& state, int p) {
+  const F lowered = load_floats(state.lowered + p);
+  if (kFlushes<O>) return larger(load_floats(state.floor + p), w) * lowered;
+  const M some = less(w, load_floats(state.limit + p));
+  if (__builtin_expect(any(some, some), 0)) return carefully_scaled(w, load_floats(state.inverse + p));
+  return w * lowered;
+}
+
+/// Results of `rows` rows from w (softmax) or z (log_softmax).
+template <class O>
+void write_rows(const Softmax& job, Place at, int64_t begin, int64_t rows, const State& state,
+                const float* w) {
+  O* out = static_cast<O*>(job.out) + (at.outer * job.n + begin) * job.inner + at.first;
+  for (int64_t i = 0; i < rows; i++) {
+    F y[kParts];
+    for (int k = 0; k < kParts; k++) {
+      const int p = k * kLanes;
+      const F x = load_floats(w + i * kWidth + p);
+      y[k] = job.kind == kSoftmax ? finished_lanes<O>(x, state, p)
+                                  : (x - load_floats(state.high + p)) - load_floats(state.rest + p);
+    }
+    put_row(out + i * job.inner, y, at.width);
+  }
+}
+
+template <class O>
+void columns_of(const Softmax& job, Place at, float* z) {
+  const bool whole = job.n <= kColumnRows;
+  const int64_t n = job.n;
+  State state{};
+  for (float& m : state.most) m = kMinusInfinity;
+  const auto each_part = [&](auto&& body) {
+    for (int64_t i = 0; i < n; i += kColumnRows) body(i, n - i < kColumnRows ? n - i : kColumnRows);
+  };
+  each_part([&](int64_t begin, int64_t rows) {
+    load_columns(job, at, begin, rows, state, false, z);
+    find_largest(z, rows, state);
+  });
+  const Needs needs = choose(job, at, state);
+  each_part([&](int64_t begin, int64_t rows) {
+    if (!whole || needs.shift) load_columns(job, at, begin, rows, state, needs.shift, z);
+    if (needs.infinite) find_nan(z, rows, state);
+    if (begin % kSplit == 0)
+      for (int c = 0; c < kWidth; c++) {
+        state.before[c] += state.total[c];
+        state.total[c] = 0;
+      }
+    if (job.kind != kSoftmax) return sum_block<6, false>(z, rows, state);
+    sum_block<kDegree<O>, true>(z, rows, state);
+  });
+  conclude(job, at, state);
+  if (job.kind == kLogSumExp) {
+    F y[kParts];
+    for (int k = 0; k < kParts; k++) y[k] = load_floats(state.log_sum + k * kLanes);
+    return put_row(static_cast<O*>(job.out) + at.outer * job.inner + at.first, y, at.width);
+  }
+  each_part([&](int64_t begin, int64_t rows) {
+    if (!whole) {
+      load_columns(job, at, begin, rows, state, needs.shift, z);
+      State again = state;
+      if (job.kind == kSoftmax) sum_block<kDegree<O>, true>(z, rows, again);
+    }
+    write_rows<O>(job, at, begin, rows, state, z);
+  });
+}
+
+}  // namespace
+
+void softmax_columns(const Softmax& job, int64_t outer, int64_t first, float* scratch) {
+  const int64_t left = job.inner - first;
+  const Place at{outer, first, int(left < kWidth ? left : kWidth)};
+  if (job.out_dtype == kF32) return columns_of<float>(job, at, scratch);
+  if (job.out_dtype == kBF16) return columns_of<bf16>(job, at, scratch);
+  return columns_of<f16>(job, at, scratch);
+}
+
+}  // namespace pk::cpu::PK_ISA
