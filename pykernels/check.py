@@ -216,9 +216,9 @@ def row_input(op: str, x: torch.Tensor, dtype: torch.dtype | None, *, integers: 
 
 def dimension(op: str, dim: int, rank: int) -> int:
     """A dimension of a tensor of ``rank`` dimensions, counted from 0; 0 and -1 name the one of a number."""
-    if isinstance(dim, bool) or not isinstance(dim, Integral):
+    if type(dim) is not int and (isinstance(dim, bool) or not isinstance(dim, Integral)):
         raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
-    rank = max(rank, 1)
+    rank = rank or 1
     if not -rank <= dim < rank:
         raise IndexError(
             f"{op}: Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})"

@@ -32,18 +32,21 @@ def examine(op: str, x: torch.Tensor, dim: int, dtype: torch.dtype | None, optio
     """Check everything but ``out``; returns the dimension counted from 0."""
     check.row_input(op, x, dtype)
     at = check.dimension(op, dim, x.dim())
-    check.positive(op, "temperature", options.temperature)
-    if options.softcap is not None:
-        check.positive(op, "softcap", options.softcap)
-    if options.mask is not None:
-        check.beside(op, "mask", options.mask, x, x.shape)
-        if options.mask.dtype not in (torch.bool, *check.FLOAT_DTYPES):
-            raise TypeError(f"{op}: mask must be bool or of a float dtype, got {options.mask.dtype}")
-    if options.sink is not None:
-        check.beside(op, "sink", options.sink, x, reduced(x.shape, at))
-        if options.sink.dtype not in check.FLOAT_DTYPES:
-            raise TypeError(f"{op}: sink must be of a float dtype, got {options.sink.dtype}")
-    check.choice(op, "safe", options.safe, (True, False))
+    temperature, mask, softcap, sink, safe = options
+    if temperature != 1.0:
+        check.positive(op, "temperature", temperature)
+    if softcap is not None:
+        check.positive(op, "softcap", softcap)
+    if mask is not None:
+        check.beside(op, "mask", mask, x, x.shape)
+        if mask.dtype not in (torch.bool, *check.FLOAT_DTYPES):
+            raise TypeError(f"{op}: mask must be bool or of a float dtype, got {mask.dtype}")
+    if sink is not None:
+        check.beside(op, "sink", sink, x, reduced(x.shape, at))
+        if sink.dtype not in check.FLOAT_DTYPES:
+            raise TypeError(f"{op}: sink must be of a float dtype, got {sink.dtype}")
+    if safe is not False:
+        check.choice(op, "safe", safe, (True, False))
     return at
 
 
@@ -88,10 +91,13 @@ def _writable(out: torch.Tensor, x: torch.Tensor, options: Options) -> bool:
     """Whether kernels may fill ``out`` as it lies: contiguous, and in no input's memory unless in place."""
     if not out.is_contiguous() or out.is_neg():
         return False
-    inplace = out.data_ptr() == x.data_ptr() and out.dtype == x.dtype and _readable(x, x.dtype)
-    if not inplace and not apart(out, x):
-        return False
-    return all(t is None or apart(out, t) for t in (options.mask, options.sink))
+    if not apart(out, x):
+        inplace = out.data_ptr() == x.data_ptr() and out.dtype == x.dtype and _readable(x, x.dtype)
+        if not inplace:
+            return False
+    return (options.mask is None or apart(out, options.mask)) and (
+        options.sink is None or apart(out, options.sink)
+    )
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -100,8 +106,9 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _end(tensor: torch.Tensor) -> int:
-    if tensor.numel() == 0:
-        return tensor.data_ptr()
+    """The address behind a tensor's last element."""
+    if tensor.is_contiguous():
+        return tensor.data_ptr() + tensor.nbytes
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
@@ -109,13 +116,16 @@ def _end(tensor: torch.Tensor) -> int:
 def rows_of(tensor: torch.Tensor, at: int) -> torch.Tensor:
     """A tensor as [outer, n, inner], ``at`` in the middle; RuntimeError where its strides forbid it."""
     shape = tensor.shape
-    n = shape[at] if shape else 1
-    return tensor.view(math.prod(shape[:at]), n, math.prod(shape[at + 1 :]))
+    if at == len(shape) - 1:
+        return tensor.view(-1 if tensor.numel() else math.prod(shape[:-1]), shape[-1], 1)
+    if not shape:
+        return tensor.view(1, 1, 1)
+    return tensor.view(math.prod(shape[:at]), shape[at], math.prod(shape[at + 1 :]))
 
 
 def _split(op: str, out: torch.Tensor, x: torch.Tensor, at: int, options: Options) -> None:
     """Call the row op once, or slice by slice where a broadcast mask has no three-dimensional view."""
-    mask, sink = options.mask, options.sink
+    temperature, mask, softcap, sink, safe = options
     if mask is not None:
         mask = narrow(mask, x).expand(x.shape)
         try:
@@ -132,8 +142,7 @@ def _split(op: str, out: torch.Tensor, x: torch.Tensor, at: int, options: Option
     if sink is not None:
         sink = narrow(sink, x).expand(reduced(x.shape, at)).reshape(x3.shape[0], x3.shape[2]).contiguous()
         sink = sink if sink.dtype == torch.float64 else sink.to(torch.float32)
-    row = backends.call(op, x)
-    row(out3, x3, float(options.temperature), options.softcap, mask, sink, options.safe)
+    backends.call(op, x)(out3, x3, float(temperature), softcap, mask, sink, safe)
 
 
 def narrow(tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
