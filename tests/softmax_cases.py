@@ -55,6 +55,9 @@ def drawn(kind: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     }[kind]
 
 
+LOG_ROOM = 2**-23
+"""What an exponential may be off by, relatively, is absolute in a logarithm of sums."""
+
 KINDS = ("3 randn", "30 randn", "wide", "far", "small", "denormal", "equal", "ramp", "masked")
 
 _DIGITS = {torch.float32: (24, -126), torch.bfloat16: (8, -126), torch.float16: (11, -14)}

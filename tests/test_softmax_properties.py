@@ -13,7 +13,7 @@ from pykernels import backends
 from pykernels.ref import softmax as truth
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES
-from tests.softmax_cases import INF, KINDS, NAN, SPECIAL, drawn, units
+from tests.softmax_cases import INF, KINDS, LOG_ROOM, NAN, SPECIAL, drawn, units
 from tests.test_properties import moved
 
 settings.register_profile("softmax", max_examples=150, deadline=None, derandomize=True)
@@ -126,7 +126,8 @@ def test_any_numbers(row, before):
     total = truth.row_sum(z, 1)
     soft, log = truth.softmax(z, total, False), truth.log_softmax(z, total, False)
     assert units(pk.softmax(x), soft).max() <= 5
-    assert units(pk.logsumexp(x, keepdim=True), truth.logsumexp(total)).max() <= 1
+    lse, wanted = pk.logsumexp(x, keepdim=True), truth.logsumexp(total)
+    assert units(lse, wanted).max() <= 1 or (lse - wanted).abs().max() <= LOG_ROOM
     got, largest = pk.log_softmax(x).double(), log.abs().nan_to_num(0, 0, 0)
     near = (got - log).abs() <= 2**-22 + 2**-23 * largest
     overflow = got.isinf() & (log < -torch.finfo(torch.float32).max)
