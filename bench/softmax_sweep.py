@@ -145,8 +145,8 @@ def plot(run: dict[str, Any], path: Path) -> Path:
             lengths, [row["ns"][name] for row in run["rows"]], style, marker="o", ms=3, lw=width, label=name
         )
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
     axes.set_xlabel("elements of the row, float32")
     axes.set_ylabel("ns per element")
     about = run["machine"]

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from pykernels.ref import softmax as truth
+
 INF, NAN = math.inf, math.nan
 LEAST, MOST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
@@ -73,3 +75,27 @@ def units(got: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     off = (got.double() - truth).abs() / torch.ldexp(torch.ones_like(truth), exponent)
     same = (got.double() == truth) | (got.isnan() & truth.isnan())
     return torch.where(same, 0.0, off.nan_to_num(INF, INF, INF))
+
+
+def exact(x, dim, temperature=1.0, mask=None, softcap=None, sink=None):
+    """(softmax, log_softmax, logsumexp) in float64, of logits rounded step by step as kernels round them."""
+    z = truth.logits(x, temperature, softcap, None if mask is None else mask.expand(x.shape))
+    row = truth.with_sink(truth.row_sum(z, dim), sink)
+    return truth.softmax(z, row, False), truth.log_softmax(z, row, False), truth.logsumexp(row)
+
+
+def close(got, wanted, dtype):
+    """Equal but for 5 units in the last place of float32, or one rounding to 16 bits."""
+    assert got.dtype == dtype and got.shape == wanted.shape and got.is_contiguous()
+    if dtype == torch.float64:
+        torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-300, equal_nan=True)
+    elif got.numel():
+        assert units(got, wanted).max() <= (5 if dtype == torch.float32 else 0.51)
+
+
+def close_sum(got, wanted, dtype):
+    """A logarithm of a sum: one rounding, and what the sum is off by."""
+    assert got.dtype == dtype and got.shape == wanted.shape
+    room = 1e-13 if dtype == torch.float64 else LOG_ROOM
+    rounding = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=room, equal_nan=True)

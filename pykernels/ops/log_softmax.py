@@ -8,7 +8,7 @@ import torch
 
 from pykernels import check, library
 from pykernels.ops import softmax_gradient as gradient
-from pykernels.ops.softmax_pass import Options, examine, over_rows
+from pykernels.ops.softmax_pass import Options, examine, over_plain_rows, over_rows
 
 OP = "log_softmax"
 
@@ -40,6 +40,11 @@ def log_softmax(
     Raises:
         As :func:`pykernels.softmax`.
     """
+    plain = softcap is None and safe is False and type(temperature) is float and temperature == 1.0
+    if plain and mask is None and dtype is None:
+        done = over_plain_rows(OP, x, dim, out)
+        if done is not None:
+            return done
     options = Options(temperature, mask, softcap, None, safe)
     if library.needed(x, mask):
         examine(OP, x, dim, dtype, options)

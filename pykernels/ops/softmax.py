@@ -8,7 +8,7 @@ import torch
 
 from pykernels import check, library
 from pykernels.ops import softmax_gradient as gradient
-from pykernels.ops.softmax_pass import Options, examine, over_rows
+from pykernels.ops.softmax_pass import Options, examine, over_plain_rows, over_rows
 
 OP = "softmax"
 
@@ -52,6 +52,11 @@ def softmax(
         ValueError, TypeError, IndexError, RuntimeError (dtype of out), NotImplementedError (sparse x): an
         argument breaks a rule above; the text names it and its value.
     """
+    plain = softcap is None and safe is False and type(temperature) is float and temperature == 1.0
+    if plain and mask is None and sink is None and dtype is None:
+        done = over_plain_rows(OP, x, dim, out)
+        if done is not None:
+            return done
     if sink is not None and not check.is_tensor(sink):
         check.row_input(OP, x, dtype)
         sink = torch.full((), check.number(OP, "sink", sink), dtype=torch.float64, device=x.device)
