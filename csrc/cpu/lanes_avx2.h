@@ -60,6 +60,11 @@ PK_IN F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 PK_IN F larger(F bound, F x) { return {_mm256_max_ps(bound.v, x.v)}; }
 PK_IN F smaller(F bound, F x) { return {_mm256_min_ps(bound.v, x.v)}; }
 PK_IN M less(F a, F b) { return as_mask(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
+PK_IN float largest_lane(F x) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
 PK_IN F as_power(F r) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(r.v), 23))}; }
 PK_IN F bits_of_nearest(F x) { return {_mm256_castsi256_ps(_mm256_cvtps_epi32(x.v))}; }
 

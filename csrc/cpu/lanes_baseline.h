@@ -72,6 +72,10 @@ PK_IN F load_floats(const float* p) {
 PK_IN F larger(F bound, F x) { return select({Ints(bound.v > x.v)}, bound, x); }
 PK_IN F smaller(F bound, F x) { return select({Ints(bound.v < x.v)}, bound, x); }
 PK_IN M less(F a, F b) { return {Ints(a.v < b.v)}; }
+PK_IN float largest_lane(F x) {
+  const float a = x.v[0] > x.v[1] ? x.v[0] : x.v[1], b = x.v[2] > x.v[3] ? x.v[2] : x.v[3];
+  return a > b ? a : b;
+}
 PK_IN F as_power(F r) { return {Floats(Words(r.v) << 23)}; }
 PK_IN F bits_of_nearest(F x) {  // of numbers in [0, 2^23)
   const Words shifted = Words((x + F::of(0x1p+23f)).v);

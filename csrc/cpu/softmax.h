@@ -93,9 +93,9 @@ struct Lanes {
     for (int k = 0; k < kPairs; k++) put(lane + k * kGroup, kParted<T> ? interleave(s.p[k]) : s.p[k], false);
     alignas(64) double sum[kStripe / 2];
     for (int l = 0; l < 16; l++) sum[l] = double(lane[l]) + double(lane[l + 16]);
-    for (int width = 8; width > 0; width /= 2)
-      for (int l = 0; l < width; l++) sum[l] += sum[l + width];
-    return sum[0];
+    for (int l = 0; l < 8; l++) sum[l] += sum[l + 8];
+    for (int l = 0; l < 4; l++) sum[l] += sum[l + 4];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
   }
 };
 
@@ -148,14 +148,6 @@ PK_IN void each_term(const T* x, int64_t n, Lanes<T>& lanes, Term&& term) {
     part = plus(part, term(s, full + i, count));
   });
   lanes.add(part);
-}
-
-PK_IN float largest_lane(F x) {
-  alignas(64) float lane[kLanes];
-  store(lane, x);
-  float m = lane[0];
-  for (int l = 1; l < kLanes; l++) m = lane[l] > m ? lane[l] : m;
-  return m;
 }
 
 /// Largest element, NaN ignored; -inf for none.
@@ -237,7 +229,7 @@ PK_IN void fill(O* out, int64_t n, float x) {
 }
 
 /// What follows from a row's sum (total * 2^(exponent - 64), of z - shift) for its last pass.
-inline Answer answer_of(double total, int exponent, float shift) {
+inline Answer answer_of(int kind, double total, int exponent, float shift) {
   Answer a{};
   if (total != total) {
     a.fill = Answer::kNaNs;
@@ -253,6 +245,7 @@ inline Answer answer_of(double total, int exponent, float shift) {
   a.lowered = a.inverse * 0x1p-64f;
   a.limit = 0x1.03p-62f / a.inverse;
   a.floor = 0x1p24f / a.inverse;
+  if (kind == kSoftmax) return a;
   const double log_sum = exponent * 0.6931471805599453 + __builtin_log(sum);
   a.high = float(log_sum);
   a.rest = float(log_sum - double(a.high));

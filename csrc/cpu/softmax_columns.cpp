@@ -1,10 +1,13 @@
-// softmax, log_softmax and logsumexp over a dimension that is not the last: sixteen columns at a time.
+// softmax, log_softmax and logsumexp over a dimension that is not the last: tiles of sixteen columns.
 // Traffic: reads x once and writes out once while 4096 rows hold the whole dimension, as the columns wait in
 // scratch that stays in the cache; a longer dimension is read three times.
 #include "softmax_tile.h"
 
 namespace pk::cpu::PK_ISA {
 namespace {
+
+constexpr int kMostTiles = int(kColumnTiles);
+constexpr int64_t kRowsAhead = 8;
 
 /// What a row has once, sixteen times.
 struct alignas(64) State {
@@ -21,37 +24,52 @@ struct Place {
   int width;
 };
 
+/// Tiles of sixteen columns that are neighbours, so that reads and writes go by longer stretches of a row.
+struct Tiles {
+  int count;
+  Place at[kMostTiles];
+  State state[kMostTiles];
+  float* z[kMostTiles];
+};
+
 template <class T>
-void load_plain(const Softmax& job, Place at, int64_t begin, int64_t rows, float* z) {
+void load_plain(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t rows) {
+  const Place& at = tiles.at[0];
   const T* x = static_cast<const T*>(job.x) + (at.outer * job.n + begin) * job.inner + at.first;
-  if (at.width == kWidth) {
-    for (int64_t i = 0; i < rows; i++) widen(x + i * job.inner, kWidth, z + i * kWidth);
-    return;
+  for (int64_t i = 0; i < rows; i++, x += job.inner)
+    for (int k = 0; k < tiles.count; k++) {
+      const T* from = x + k * kWidth;
+      float* to = tiles.z[k] + i * kWidth;
+      __builtin_prefetch(from + kRowsAhead * job.inner);
+      if (tiles.at[k].width == kWidth) {
+        widen(from, kWidth, to);
+      } else {
+        memset(to, 0, kWidth * sizeof(float));
+        widen(from, tiles.at[k].width, to);
+      }
+    }
+}
+
+/// Rows [begin, begin + rows) of the columns as z [rows, 16] of each tile.
+void load_tiles(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t rows) {
+  if (job.plain()) {
+    if (job.dtype == kF32) return load_plain<float>(job, tiles, begin, rows);
+    if (job.dtype == kBF16) return load_plain<bf16>(job, tiles, begin, rows);
+    return load_plain<f16>(job, tiles, begin, rows);
   }
-  for (int64_t i = 0; i < rows; i++) {
-    memset(z + i * kWidth, 0, kWidth * sizeof(float));
-    widen(x + i * job.inner, at.width, z + i * kWidth);
+  for (int k = 0; k < tiles.count; k++) {
+    const Place& at = tiles.at[k];
+    for (int64_t i = 0; i < rows; i++) {
+      float* to = tiles.z[k] + i * kWidth;
+      memset(to, 0, kWidth * sizeof(float));
+      load_z(job, (at.outer * job.n + begin + i) * job.inner + at.first,
+             at.outer * job.mask_stride[0] + (begin + i) * job.mask_stride[1] + at.first * job.mask_stride[2],
+             job.mask_stride[2], at.width, 0, to);
+    }
   }
 }
 
-/// Rows [begin, begin + rows) of the columns to z [rows, 16], shifted where the state says so.
-void load_columns(const Softmax& job, Place at, int64_t begin, int64_t rows, const State& state, bool shifted,
-                  float* z) {
-  if (!job.plain()) {
-    for (int64_t i = 0; i < rows; i++) {
-      memset(z + i * kWidth, 0, kWidth * sizeof(float));
-      load_z(job, (at.outer * job.n + begin + i) * job.inner + at.first,
-             at.outer * job.mask_stride[0] + (begin + i) * job.mask_stride[1] + at.first * job.mask_stride[2],
-             job.mask_stride[2], at.width, 0, z + i * kWidth);
-    }
-  } else if (job.dtype == kF32) {
-    load_plain<float>(job, at, begin, rows, z);
-  } else if (job.dtype == kBF16) {
-    load_plain<bf16>(job, at, begin, rows, z);
-  } else {
-    load_plain<f16>(job, at, begin, rows, z);
-  }
-  if (!shifted) return;
+void shift_rows(float* z, int64_t rows, const State& state) {
   for (int p = 0; p < kWidth; p += kLanes) {
     const F shift = load_floats(state.shift + p);
     for (int64_t i = 0; i < rows; i++) store(z + i * kWidth + p, load_floats(z + i * kWidth + p) - shift);
@@ -122,7 +140,7 @@ void conclude(const Softmax& job, Place at, State& state) {
     const float sink = sink_of(job, at.outer, at.first + c);
     double total = state.before[c] + state.total[c];
     if (job.sink) total += lifted_sink(sink, state.shift[c], {state.magic[c], state.low[c]});
-    Answer a = answer_of(total, state.exponent[c], state.shift[c]);
+    Answer a = answer_of(job.kind, total, state.exponent[c], state.shift[c]);
     if (state.most[c] - state.most[c] != 0)
       a = answer_at_infinity(job, state.most[c], state.nan[c] || sink != sink);
     if (a.fill != Answer::kCompute) {  // by numbers that give it whatever the column holds
@@ -143,6 +161,23 @@ void conclude(const Softmax& job, Place at, State& state) {
   }
 }
 
+void start_piece(State& state) {
+  for (int c = 0; c < kWidth; c++) {
+    state.before[c] += state.total[c];
+    state.total[c] = 0;
+  }
+}
+
+template <class O>
+void write_sums(const Softmax& job, const Tiles& tiles) {
+  for (int t = 0; t < tiles.count; t++) {
+    const Place& at = tiles.at[t];
+    F y[kParts];
+    for (int k = 0; k < kParts; k++) y[k] = load_floats(tiles.state[t].log_sum + k * kLanes);
+    put_row(static_cast<O*>(job.out) + at.outer * job.inner + at.first, y, at.width);
+  }
+}
+
 template <class O>
 PK_IN F finished_lanes(F w, const State& state, int p) {
   const F lowered = load_floats(state.lowered + p);
@@ -154,70 +189,82 @@ PK_IN F finished_lanes(F w, const State& state, int p) {
 
 /// Results of `rows` rows from w (softmax) or z (log_softmax).
 template <class O>
-void write_rows(const Softmax& job, Place at, int64_t begin, int64_t rows, const State& state,
-                const float* w) {
+void write_tiles(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t rows) {
+  const Place& at = tiles.at[0];
   O* out = static_cast<O*>(job.out) + (at.outer * job.n + begin) * job.inner + at.first;
-  for (int64_t i = 0; i < rows; i++) {
-    F y[kParts];
-    for (int k = 0; k < kParts; k++) {
-      const int p = k * kLanes;
-      const F x = load_floats(w + i * kWidth + p);
-      y[k] = job.kind == kSoftmax ? finished_lanes<O>(x, state, p)
-                                  : (x - load_floats(state.high + p)) - load_floats(state.rest + p);
+  for (int64_t i = 0; i < rows; i++, out += job.inner)
+    for (int t = 0; t < tiles.count; t++) {
+      const State& state = tiles.state[t];
+      F y[kParts];
+      for (int k = 0; k < kParts; k++) {
+        const int p = k * kLanes;
+        const F x = load_floats(tiles.z[t] + i * kWidth + p);
+        y[k] = job.kind == kSoftmax ? finished_lanes<O>(x, state, p)
+                                    : (x - load_floats(state.high + p)) - load_floats(state.rest + p);
+      }
+      put_row(out + t * kWidth, y, tiles.at[t].width);
     }
-    put_row(out + i * job.inner, y, at.width);
-  }
+}
+
+/// Terms of one block of rows: z is shifted where need be, sums go on, and w takes its place for softmax.
+template <class O>
+void sum_rows(const Softmax& job, float* z, int64_t rows, State& state) {
+  if (job.kind == kSoftmax)
+    sum_block<kDegree<O>, true>(z, rows, state);
+  else
+    sum_block<6, false>(z, rows, state);
 }
 
 template <class O>
-void columns_of(const Softmax& job, Place at, float* z) {
+void columns_of(const Softmax& job, Tiles& tiles) {
   const bool whole = job.n <= kColumnRows;
   const int64_t n = job.n;
-  State state{};
-  for (float& m : state.most) m = kMinusInfinity;
+  Needs needs[kMostTiles];
   const auto each_part = [&](auto&& body) {
     for (int64_t i = 0; i < n; i += kColumnRows) body(i, n - i < kColumnRows ? n - i : kColumnRows);
   };
   each_part([&](int64_t begin, int64_t rows) {
-    load_columns(job, at, begin, rows, state, false, z);
-    find_largest(z, rows, state);
+    load_tiles(job, tiles, begin, rows);
+    for (int k = 0; k < tiles.count; k++) find_largest(tiles.z[k], rows, tiles.state[k]);
   });
-  const Needs needs = choose(job, at, state);
+  for (int k = 0; k < tiles.count; k++) needs[k] = choose(job, tiles.at[k], tiles.state[k]);
   each_part([&](int64_t begin, int64_t rows) {
-    if (!whole || needs.shift) load_columns(job, at, begin, rows, state, needs.shift, z);
-    if (needs.infinite) find_nan(z, rows, state);
-    if (begin % kSplit == 0)
-      for (int c = 0; c < kWidth; c++) {
-        state.before[c] += state.total[c];
-        state.total[c] = 0;
-      }
-    if (job.kind != kSoftmax) return sum_block<6, false>(z, rows, state);
-    sum_block<kDegree<O>, true>(z, rows, state);
-  });
-  conclude(job, at, state);
-  if (job.kind == kLogSumExp) {
-    F y[kParts];
-    for (int k = 0; k < kParts; k++) y[k] = load_floats(state.log_sum + k * kLanes);
-    return put_row(static_cast<O*>(job.out) + at.outer * job.inner + at.first, y, at.width);
-  }
-  each_part([&](int64_t begin, int64_t rows) {
-    if (!whole) {
-      load_columns(job, at, begin, rows, state, needs.shift, z);
-      State again = state;
-      if (job.kind == kSoftmax) sum_block<kDegree<O>, true>(z, rows, again);
+    if (!whole) load_tiles(job, tiles, begin, rows);
+    for (int k = 0; k < tiles.count; k++) {
+      State& state = tiles.state[k];
+      if (needs[k].shift) shift_rows(tiles.z[k], rows, state);
+      if (needs[k].infinite) find_nan(tiles.z[k], rows, state);
+      if (begin % kSplit == 0) start_piece(state);
+      sum_rows<O>(job, tiles.z[k], rows, state);
     }
-    write_rows<O>(job, at, begin, rows, state, z);
+  });
+  for (int k = 0; k < tiles.count; k++) conclude(job, tiles.at[k], tiles.state[k]);
+  if (job.kind == kLogSumExp) return write_sums<O>(job, tiles);
+  each_part([&](int64_t begin, int64_t rows) {
+    if (!whole) load_tiles(job, tiles, begin, rows);
+    for (int k = 0; !whole && k < tiles.count; k++) {
+      if (needs[k].shift) shift_rows(tiles.z[k], rows, tiles.state[k]);
+      State again = tiles.state[k];
+      if (job.kind == kSoftmax) sum_rows<O>(job, tiles.z[k], rows, again);
+    }
+    write_tiles<O>(job, tiles, begin, rows);
   });
 }
 
 }  // namespace
 
-void softmax_columns(const Softmax& job, int64_t outer, int64_t first, float* scratch) {
-  const int64_t left = job.inner - first;
-  const Place at{outer, first, int(left < kWidth ? left : kWidth)};
-  if (job.out_dtype == kF32) return columns_of<float>(job, at, scratch);
-  if (job.out_dtype == kBF16) return columns_of<bf16>(job, at, scratch);
-  return columns_of<f16>(job, at, scratch);
+void softmax_columns(const Softmax& job, int64_t outer, int64_t first, int count, float* scratch) {
+  Tiles tiles{};
+  for (int64_t at = first; tiles.count < count && at < job.inner; at += kWidth) {
+    const int k = tiles.count++;
+    const int64_t rows = job.n < kColumnRows ? job.n : kColumnRows;
+    tiles.at[k] = {outer, at, int(job.inner - at < kWidth ? job.inner - at : kWidth)};
+    tiles.z[k] = scratch + k * (rows * kWidth + kSlack);
+    for (float& m : tiles.state[k].most) m = kMinusInfinity;
+  }
+  if (job.out_dtype == kF32) return columns_of<float>(job, tiles);
+  if (job.out_dtype == kBF16) return columns_of<bf16>(job, tiles);
+  return columns_of<f16>(job, tiles);
 }
 
 }  // namespace pk::cpu::PK_ISA

@@ -187,7 +187,7 @@ Answer softmax_answer(const Softmax& job, int64_t row, const RowSum* sums, int64
   for (int64_t c = 0; c < count; c++)
     total += sums[c].total * (sums[c].raised ? power_of_two(sums[c].exponent - exponent) : 0);
   if (job.sink) total += lifted_sink(sink, 0, reference(exponent));
-  return answer_of(total, exponent, shift);
+  return answer_of(job.kind, total, exponent, shift);
 }
 
 Answer softmax_infinite(const Softmax& job, float largest, bool nan) {

@@ -33,12 +33,11 @@ class FloatsPerThread {
 
 /// Blocks of columns, one to a thread at a time.
 template <class Work>
-void over_columns(int64_t outer, int64_t inner, int64_t floats, int threads, Work&& work) {
-  const int64_t blocks = ceil_divide(inner, cpu::kColumns);
+void over_columns(int64_t outer, int64_t inner, int64_t width, int64_t floats, int threads, Work&& work) {
+  const int64_t blocks = ceil_divide(inner, width);
   const FloatsPerThread scratch(std::min<int64_t>(threads, outer * blocks), floats);
-  parallel_chunks(outer * blocks, threads, [&](int64_t c, int slot) {
-    work(c / blocks, c % blocks * cpu::kColumns, scratch.of(slot));
-  });
+  parallel_chunks(outer * blocks, threads,
+                  [&](int64_t c, int slot) { work(c / blocks, c % blocks * width, scratch.of(slot)); });
 }
 
 /// Rows, a batch of short ones to a thread at a time.
@@ -130,17 +129,29 @@ class LongRow {
   float shift_ = 0;
 };
 
+void softmax_of_columns(const Softmax& job, int threads) {
+  const int64_t all = job.n * job.inner;
+  if (job.inner < cpu::kFewColumns && all <= cpu::kCachedFloats) {
+    const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), 2 * all + job.n + 3 * cpu::kSlack);
+    return over_rows(job.outer, all, threads, [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t outer = begin; outer < end; outer++)
+        kernels().softmax_few_columns(job, outer, scratch.of(slot));
+    });
+  }
+  const int64_t rows = std::max<int64_t>(1, std::min(job.n, cpu::kColumnRows));
+  const int64_t tiles =
+      std::min({cpu::kColumnTiles, cpu::kColumnRows / rows, ceil_divide(job.inner, cpu::kColumns)});
+  over_columns(job.outer, job.inner, tiles * cpu::kColumns, tiles * (rows * cpu::kColumns + cpu::kSlack),
+               threads, [&](int64_t outer, int64_t first, float* scratch) {
+                 kernels().softmax_columns(job, outer, first, int(tiles), scratch);
+               });
+}
+
 }  // namespace
 
 void softmax(const Softmax& job, int threads) {
   if (job.outer * job.inner == 0 || (job.n == 0 && job.kind != cpu::kLogSumExp)) return;
-  if (job.inner > 1) {
-    const int64_t floats = std::min(job.n, cpu::kColumnRows) * cpu::kColumns + cpu::kSlack;
-    return over_columns(job.outer, job.inner, floats, threads,
-                        [&](int64_t outer, int64_t first, float* scratch) {
-                          kernels().softmax_columns(job, outer, first, scratch);
-                        });
-  }
+  if (job.inner > 1) return softmax_of_columns(job, threads);
   if (job.n > (job.out_dtype == kF32 ? cpu::kCachedFloats : cpu::kCachedHalves))
     return over_long_rows(job.outer, threads, [&](int64_t row, int some) { LongRow(job, row, some).run(); });
   const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), job.n + cpu::kSlack);
@@ -153,7 +164,7 @@ void softmax_backward(const SoftmaxBackward& job, int threads) {
   if (job.outer * job.n * job.inner == 0) return;
   if (job.inner > 1) {
     const int64_t floats = 2 * (cpu::kColumnRows * cpu::kColumns + cpu::kSlack);
-    return over_columns(job.outer, job.inner, floats, threads,
+    return over_columns(job.outer, job.inner, cpu::kColumns, floats, threads,
                         [&](int64_t outer, int64_t first, float* scratch) {
                           kernels().softmax_backward_columns(job, outer, first, scratch);
                         });
