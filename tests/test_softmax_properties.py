@@ -83,6 +83,26 @@ def test_addresses_do_not_matter(n, dtype, kind, shift):
     assert_same_bits(out, pk.softmax(x, 1))
 
 
+@settings(max_examples=50)
+@given(lengths, dtypes, kinds, st.integers(1, 9), st.booleans())
+def test_threads_do_not_matter(n, dtype, kind, rows, last):
+    assume(backends.missing("cpu") is None)
+    from pykernels import native
+
+    x = drawn(kind, (rows, n) if last else (n, rows)).to(dtype).requires_grad_()
+
+    def results(threads):
+        with native.use_threads(threads):
+            yield from every(x, int(last))
+            for op in (pk.softmax, pk.log_softmax, pk.logsumexp):
+                yield torch.autograd.grad(op(x, int(last)).float().square().sum(), [x])[0]
+
+    alone = list(results(1))
+    for threads in (2, 3, 8):
+        for got, wanted in zip(results(threads), alone, strict=True):
+            assert_same_bits(got.detach(), wanted.detach())
+
+
 @given(lengths, st.integers(2, 40), dtypes, kinds, st.data())
 def test_a_row_is_the_same_in_any_batch(n, rows, dtype, kind, data):
     assume(n * rows < 200_000)
@@ -109,6 +129,7 @@ def test_a_shift_changes_nothing(n, shift, log):
     torch.testing.assert_close(op(x + shift), op(x), rtol=10 * 2**-24, atol=room)
 
 
+@settings(max_examples=50)
 @given(lengths, kinds, st.randoms(use_true_random=False))
 def test_order_matters_little(n, kind, random):
     x = drawn(kind, (1, n))
@@ -166,6 +187,7 @@ def test_gradients_of_any_shape(shape, dtype, data):
         )
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 4), lengths, kinds)
 def test_kernels_and_references_agree(rows, n, kind):
     assume(backends.missing("cpu") is None)

@@ -18,6 +18,9 @@ from pykernels import backends, check
 _PIECE = 1 << 16
 """Elements from which on a mask is rather walked in several calls than copied."""
 
+_PAGES = 1 << 16
+"""Elements from which on a new result's pages are worth a thought."""
+
 
 class Options(NamedTuple):
     """What turns x into logits, and the logit and the rule that concern whole rows."""
@@ -30,7 +33,7 @@ class Options(NamedTuple):
 
 
 def over_plain_rows(op: str, x: torch.Tensor, dim: int, out: torch.Tensor | None) -> torch.Tensor | None:
-    """The everyday call at once: contiguous rows on a CPU, no options, no gradient, ``out`` apart from ``x``.
+    """The everyday call at once: contiguous rows on a CPU, no options, no gradient, ``out`` apart or ``x``.
 
     None, and nothing done, where a question is open: :func:`over_rows` checks everything, which takes longer
     than a small softmax.
@@ -51,7 +54,7 @@ def over_plain_rows(op: str, x: torch.Tensor, dim: int, out: torch.Tensor | None
     ):
         return None
     if out is None:
-        out = backends.fresh(x.shape, x.dtype, x.device) if x.nbytes >= _PIECE else torch.empty_like(x)
+        out = backends.fresh(x.shape, x.dtype, x.device) if x.numel() >= _PAGES else torch.empty_like(x)
     elif (
         type(out) is not torch.Tensor
         or out.layout is not torch.strided
@@ -60,7 +63,7 @@ def over_plain_rows(op: str, x: torch.Tensor, dim: int, out: torch.Tensor | None
         or out.shape != x.shape
         or not out.is_contiguous()
         or out.is_neg()
-        or abs(out.data_ptr() - x.data_ptr()) < x.nbytes
+        or 0 < abs(out.data_ptr() - x.data_ptr()) < x.nbytes
     ):
         return None
     else:
