@@ -228,8 +228,17 @@ PK_IN void fill(O* out, int64_t n, float x) {
     put_some<float, O>(out + i, s, n - i < kStripe ? int(n - i) : kStripe);
 }
 
-/// What follows from a row's sum (total * 2^(exponent - 64), of z - shift) for its last pass.
-inline Answer answer_of(int kind, double total, int exponent, float shift) {
+/// e^(sink - shift) in the units of a row's total.
+PK_IN double lifted_sink(float sink, float shift, Reference at) {
+  alignas(64) float lane[kLanes];
+  store(lane, lifted_exp<6>(F::of(sink - shift), F::of(at.magic), F::of(at.low)));
+  return double(lane[0]);
+}
+
+/// What follows from a row's sum (total * 2^(exponent - 64), of z - shift) for its last pass; `most` is the
+/// row's largest z - shift. The logarithm is taken of the sum in units of that element's own term, so that
+/// what the exponentials are off by cancels where one element is all that counts: there y is exactly 0.
+inline Answer answer_of(int kind, double total, int exponent, float shift, float most) {
   Answer a{};
   if (total != total) {
     a.fill = Answer::kNaNs;
@@ -246,7 +255,7 @@ inline Answer answer_of(int kind, double total, int exponent, float shift) {
   a.limit = 0x1.03p-62f / a.inverse;
   a.floor = 0x1p24f / a.inverse;
   if (kind == kSoftmax) return a;
-  const double log_sum = exponent * 0.6931471805599453 + __builtin_log(sum);
+  const double log_sum = double(most) + __builtin_log(total / lifted_sink(most, 0, reference(exponent)));
   a.high = float(log_sum);
   a.rest = float(log_sum - double(a.high));
   a.log_sum = float(double(shift) + log_sum);
@@ -260,13 +269,6 @@ inline Answer answer_at_infinity(const Softmax& job, float largest, bool nan) {
   a.fill = zero ? Answer::kNothing : Answer::kNaNs;
   a.log_sum = nan ? bits_float(kNaN) : largest;
   return a;
-}
-
-/// e^(sink - shift) in the units of a row's total.
-PK_IN double lifted_sink(float sink, float shift, Reference at) {
-  alignas(64) float lane[kLanes];
-  store(lane, lifted_exp<6>(F::of(sink - shift), F::of(at.magic), F::of(at.low)));
-  return double(lane[0]);
 }
 
 /// The larger of a row's largest z and its sink, if that is a number.

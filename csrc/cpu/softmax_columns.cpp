@@ -140,7 +140,7 @@ void conclude(const Softmax& job, Place at, State& state) {
     const float sink = sink_of(job, at.outer, at.first + c);
     double total = state.before[c] + state.total[c];
     if (job.sink) total += lifted_sink(sink, state.shift[c], {state.magic[c], state.low[c]});
-    Answer a = answer_of(job.kind, total, state.exponent[c], state.shift[c]);
+    Answer a = answer_of(job.kind, total, state.exponent[c], state.shift[c], state.most[c] - state.shift[c]);
     if (state.most[c] - state.most[c] != 0)
       a = answer_at_infinity(job, state.most[c], state.nan[c] || sink != sink);
     if (a.fill != Answer::kCompute) {  // by numbers that give it whatever the column holds

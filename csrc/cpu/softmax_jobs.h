@@ -42,8 +42,9 @@ struct SoftmaxBackward {
 struct RowSum {
   double total;
   int exponent;
-  bool raised;  // some z was finite and above -1e6
-  bool bad;     // some z was 1e6 or more: the sum was given up
+  bool raised;    // some z was finite and above -1e6
+  bool bad;       // some z was 1e6 or more: the sum was given up
+  float largest;  // of all z that are numbers
 };
 
 /// Largest of a stretch, NaN ignored, and whether there was one.

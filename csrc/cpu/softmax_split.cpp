@@ -29,7 +29,7 @@ PK_IN double power_of_two(int e) {  // 0 where the true power is far below all t
 
 template <class T, int degree>
 struct LazySum {
-  RowSum sum{0, 0, false, false};
+  RowSum sum{0, 0, false, false, kMinusInfinity};
   float bound = -kLargest;  // a number above it raises the exponent
   Reference at = reference(0);
 
@@ -43,10 +43,13 @@ struct LazySum {
     }
     if (full < count && !group(lanes, x + full, count - full)) return false;
     sum.total += lanes.total();
+    sum.largest = with_sink(largest_lane(seen), sum.largest);
     return true;
   }
 
  private:
+  F seen = F::of(kMinusInfinity);
+
   PK_MEMBER bool group(Lanes<T>& lanes, const T* x, int64_t count) {
     F most = F::of(kMinusInfinity);
     each_stripe(x, count, [&](const Stripe& s, int64_t, int) PK_ALWAYS {
@@ -67,6 +70,7 @@ struct LazySum {
       }
     });
     lanes.add(part);
+    seen = larger(most, seen);
     return true;
   }
 
@@ -184,10 +188,13 @@ Answer softmax_answer(const Softmax& job, int64_t row, const RowSum* sums, int64
   const float sink = sink_of(job, row, 0) - shift;
   if (in_range(sink) && (!raised || nearest_exponent(sink) > exponent)) exponent = nearest_exponent(sink);
   double total = 0;
-  for (int64_t c = 0; c < count; c++)
+  float most = sink;
+  for (int64_t c = 0; c < count; c++) {
     total += sums[c].total * (sums[c].raised ? power_of_two(sums[c].exponent - exponent) : 0);
+    most = with_sink(sums[c].largest, most);
+  }
   if (job.sink) total += lifted_sink(sink, 0, reference(exponent));
-  return answer_of(job.kind, total, exponent, shift);
+  return answer_of(job.kind, total, exponent, shift, most);
 }
 
 Answer softmax_infinite(const Softmax& job, float largest, bool nan) {
