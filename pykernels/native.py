@@ -98,9 +98,7 @@ def ties_merge(
 ) -> None:
     """Trim by known cuts, elect, average: one pass."""
     if out.dtype not in CODES:
-        return through_float32(
-            ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset
-        )
+        return through_float32(ties_merge, out, base, tuned, cut, weight, vote, share, lambda_, elect, offset)
     key = [min(k, NONE_KEPT) for k in cut.key]
     _C.ties_merge(
         out.data_ptr(),
@@ -233,13 +231,16 @@ def _softmax(
     sink: torch.Tensor | None,
     safe: bool,
 ) -> None:
+    outer, n, inner = x.shape
     strides = [0, 0, 0] if mask is None else mask.stride()
     _C.softmax(
         out.data_ptr(),
         CODES[out.dtype],
         x.data_ptr(),
         CODES[x.dtype],
-        *x.shape,
+        outer,
+        n,
+        inner,
         kind,
         0 if mask is None else mask.data_ptr(),
         -1 if mask is None else MASKS[mask.dtype],
@@ -262,7 +263,7 @@ def softmax(
     sink: torch.Tensor | None,
     safe: bool,
 ) -> None:
-    """out = softmax over the middle of x [outer, n, inner]; mask [outer, n, inner] and sink [outer, inner]."""
+    """out = softmax over the middle of x [outer, n, inner]; mask as x, sink [outer, inner]."""
     _softmax(0, out, x, temperature, softcap, mask, sink, safe)
 
 
@@ -287,6 +288,7 @@ def logsumexp(out: torch.Tensor, x: torch.Tensor, temperature: float) -> None:
 def _softmax_backward(
     kind: int, out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float
 ) -> None:
+    outer, n, inner = y.shape
     _C.softmax_backward(
         out.data_ptr(),
         CODES[out.dtype],
@@ -294,7 +296,9 @@ def _softmax_backward(
         CODES[grad.dtype],
         y.data_ptr(),
         CODES[y.dtype],
-        *y.shape,
+        outer,
+        n,
+        inner,
         kind,
         scale,
         threads(),
@@ -328,4 +332,3 @@ def ideal(out: torch.Tensor, inputs: Tensors, count: int | None = None) -> None:
 def advise_huge(tensor: torch.Tensor) -> None:
     """Ask for huge pages behind a fresh tensor."""
     _C.advise_huge(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-

@@ -17,6 +17,7 @@ namespace {
 constexpr int kStripe = 32;  // elements, one per virtual lane
 constexpr int kPairs = kStripe / kGroup;
 constexpr int kLazy = 4 * kStripe;  // elements whose terms are added up before the lanes see them
+constexpr int kFew = 4;             // such sums that are added up again: a sum of few terms rounds less
 constexpr float kMinusInfinity = -__builtin_inff();
 
 struct Stripe {
@@ -82,13 +83,25 @@ PK_IN F lifted_exp(F z, F magic, F low) {
 /// The virtual lanes of one block, in the order that T's load gives them.
 template <class T>
 struct Lanes {
-  Stripe s = zero_stripe();
+  Stripe s = zero_stripe(), few = zero_stripe();
+  int parts = 0;
 
-  PK_MEMBER void add(const Stripe& w) { s = plus(s, w); }
+  /// `part` holds the sums of kLazy elements; four parts are added up before the rest sees them.
+  PK_MEMBER void add(const Stripe& part) {
+    few = plus(few, part);
+    if (++parts == kFew) fold();
+  }
+  PK_MEMBER void fold() {
+    s = plus(s, few);
+    few = zero_stripe();
+    parts = 0;
+  }
   PK_MEMBER void scale(float by) {
     s = each(s, [=](F x) PK_ALWAYS { return x * F::of(by); });
+    few = each(few, [=](F x) PK_ALWAYS { return x * F::of(by); });
   }
-  PK_MEMBER double total() const {
+  PK_MEMBER double total() {
+    fold();
     alignas(64) float lane[kStripe];
     for (int k = 0; k < kPairs; k++) put(lane + k * kGroup, kParted<T> ? interleave(s.p[k]) : s.p[k], false);
     alignas(64) double sum[kStripe / 2];

@@ -36,13 +36,15 @@ PK_IN void each_two(const T* g, const T* y, int64_t n, Body&& body) {
 
 template <bool log, class T>
 PK_IN double sum_block(const T* g, const T* y, int64_t n) {
-  Lanes<T> lanes;
+  Stripe sum = zero_stripe();
   each_two(g, y, n, [&](const Stripe& a, const Stripe& b, int64_t, int) PK_ALWAYS {
     for (int k = 0; k < kPairs; k++) {
-      Pair& to = lanes.s.p[k];
+      Pair& to = sum.p[k];
       to = {summand(log, to.a, a.p[k].a, b.p[k].a), summand(log, to.b, a.p[k].b, b.p[k].b)};
     }
   });
+  Lanes<T> lanes;
+  lanes.add(sum);
   return lanes.total();
 }
 

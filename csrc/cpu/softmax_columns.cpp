@@ -112,10 +112,18 @@ Needs choose(const Softmax& job, Place at, State& state) {
   return needs;
 }
 
+/// Adds sums of few terms to the lanes, one register of columns wide.
+PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], int p) {
+  for (int l = 0; l < kStripe; l++) {
+    store(lanes[l] + p, load_floats(lanes[l] + p) + load_floats(few[l] + p));
+    store(few[l] + p, F::of(0));
+  }
+}
+
 /// Sums of one block of at most 4096 rows; w in place of z if asked for. Lanes and tree as in softmax.h.
 template <int degree, bool keep>
 void sum_block(float* z, int64_t rows, State& state) {
-  alignas(64) float lanes[kStripe][kWidth] = {};
+  alignas(64) float lanes[kStripe][kWidth] = {}, few[kStripe][kWidth] = {};
   for (int p = 0; p < kWidth; p += kLanes) {
     const F magic = load_floats(state.magic + p), low = load_floats(state.low + p);
     const auto term = [&](int64_t i) PK_ALWAYS {
@@ -124,13 +132,16 @@ void sum_block(float* z, int64_t rows, State& state) {
       if (keep) store(place, w);
       return w;
     };
-    for (int64_t group = 0; group < rows; group += kLazy)
+    for (int64_t group = 0; group < rows; group += kLazy) {
       for (int64_t i = group; i < group + kStripe && i < rows; i++) {
         F part = term(i);
         for (int64_t k = i + kStripe; k < group + kLazy && k < rows; k += kStripe) part = part + term(k);
-        float* lane = lanes[i - group] + p;
-        store(lane, load_floats(lane) + part);
+        float* sum = few[i - group] + p;
+        store(sum, load_floats(sum) + part);
       }
+      if (group / kLazy % kFew == kFew - 1) fold(few, lanes, p);
+    }
+    fold(few, lanes, p);
   }
   add_lanes(lanes, state.total);
 }

@@ -1,7 +1,7 @@
 """Fits the polynomials of exp.h: ``python csrc/math/fit_exp.py`` prints the tables that stand there.
 
-Minimax of the relative error by Lawson's reweighting on a grid (Rice and Usow, 1968), the coefficients rounded
-to float32 one at a time, lowest first, and the others fitted again after each.
+Minimax of the relative error by Lawson's reweighting on a grid (Rice and Usow, 1968). float32 coefficients
+are rounded one at a time, lowest first, and the others fitted again after each.
 """
 
 from __future__ import annotations
