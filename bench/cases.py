@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import pykernels
-from pykernels.bench.inputs import Inputs, Spec
+from pykernels.bench import softmax_calls
+from pykernels.bench.inputs import LOGITS, Inputs, Spec
 
 SEED = 7
 
@@ -18,8 +19,9 @@ SEED = 7
 class Target:
     """A bound on this row's time by that of ``of``: "ideal", or the name of another row (``word`` in tables).
 
-    Rows of kind "call" and "memory" are held against the figure itself: ``of`` is its unit, "us" or "MiB"
-    (64 MiB and 16 MiB per thread, for the two threads that the targets are set for).
+    "copy" is a plain copy of as many bytes. Rows of kind "call" and "memory" are held against the figure
+    itself: ``of`` is its unit, "us" or "MiB" (64 MiB and 16 MiB per thread, for the two threads that the
+    targets are set for).
     """
 
     of: str = "ideal"
@@ -37,7 +39,8 @@ class Target:
 class Case:
     """One row. ``options`` go to the op as they are; ``out="fresh"`` lets it allocate its result.
 
-    ``kind``: "time" (milliseconds), "call" (microseconds, 64 elements), "memory" (MiB beyond in- and output).
+    ``kind``: "time" (milliseconds), "call" (microseconds, 64 elements), "memory" (MiB beyond in- and output),
+    "cache" (microseconds on inputs that stay in the cache, by turns with the peers).
     ``peers``: what to beat, by the least ratio: {"mergekit": 20}; empty: no peer is timed.
     """
 
@@ -117,6 +120,7 @@ def _drop(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
 CALLS: dict[str, Callable[[Inputs, torch.Tensor | None, Mapping[str, Any]], Any]] = {
     "linear_merge": _linear, "task_arithmetic": _arithmetic, "kth_magnitude": _kth, "ties_merge": _ties,
     "dare_merge": _dare, "trim": _trim, "elect_sign": _elect, "drop_rescale": _drop,
+    **softmax_calls.CALLS,
 }  # fmt: skip
 
 
@@ -133,6 +137,7 @@ _TRAFFIC: dict[str, Callable[[Spec], int]] = {
     "trim": lambda s: 2 * s.tensor_bytes,
     "drop_rescale": lambda s: 2 * s.tensor_bytes,
     "elect_sign": lambda s: s.n * s.tensor_bytes + s.shape[0] * s.shape[1],
+    **softmax_calls.TRAFFIC,
 }
 
 SQUARE = Spec()
@@ -206,4 +211,50 @@ _VARIANTS = (
     *(Case(c.op, Spec((1, 64)), c.options, Target("us", most=15, aim=5), kind="call") for c in _FULL),
 )
 
-CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS)
+
+def _logits(rows: int, n: int, dtype: torch.dtype = torch.float32, more: int = 0) -> Spec:
+    return Spec((rows, n), dtype, more, LOGITS)
+
+
+def _out_of_range(dtype: torch.dtype) -> tuple[Case, ...]:
+    """Logits with many denormal results, or masked, held against plain ones on tensors of the same size."""
+    spec = _logits(4096, 4096, dtype, 3)
+    plain = Case("softmax", spec)
+    as_plain = Target(plain.name, "plain", most=1.2, aim=1.1)
+    cliff = {"torch": 4.0 if dtype == torch.float32 else 1.0}
+    return (
+        plain,
+        Case("softmax", spec, {"logits": "spread"}, as_plain, peers=cliff),
+        Case("softmax", spec, {"logits": "masked"}, as_plain, peers={"torch": 1.0}),
+    )
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_HALVES)
+_FITS = ((8192, 4096), (512, 128256))
+_FIT = Target("copy", "copy", most=1 / 0.85, aim=1 / 0.92)
+_TWICE = Target(most=1 / 0.9, aim=1 / 0.95)
+"""A row that does not fit is read twice: its control reads two tensors."""
+_SOFTMAX = (
+    *(Case("softmax", _logits(*shape), {}, _FIT, peers={"torch": 1.3}) for shape in _FITS),
+    *(Case("softmax", _logits(*shape, d), peers={"torch": 1.5}) for shape in _FITS for d in _HALVES),
+    Case("softmax", _logits(64, 10**6, more=1), {}, _TWICE, peers={"torch": 1.5}),
+    Case("softmax", _logits(1, 10**8, more=1), {}, _TWICE, peers={"torch": 3.0}),
+    *(Case("softmax", _logits(1, 10**8, d, 1), peers={"torch": 6.0}) for d in _HALVES),
+    *(case for d in _FLOATS for case in _out_of_range(d)),
+    Case("softmax", _logits(4096, 8192), {"dim": 0}, peers={"torch": 1.5}),
+    *(Case("log_softmax", _logits(*shape), peers={"torch": 1.4}) for shape in _FITS),
+    Case("logsumexp", _logits(8192, 4096), peers={"torch": 1.0}),
+    *(
+        Case(f"{op}_backward", _logits(8192, 4096, d, 1), peers={"torch": 1.0})
+        for op in ("softmax", "log_softmax")
+        for d in (torch.float32, torch.bfloat16)
+    ),
+    *(
+        Case("softmax", _logits(2**14 // n, n, d), kind="cache", peers={"torch": 1.0})
+        for d in _FLOATS
+        for n in (64, 128, 256, 512, 1024, 2048, 4096)
+    ),
+)
+
+CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS, *_SOFTMAX)

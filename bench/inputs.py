@@ -12,6 +12,9 @@ import torch
 STAGGER = 320
 """Bytes between the page offsets of neighbours: equal offsets make loads wait for unrelated stores."""
 
+LOGITS = "logits"
+"""Kind of inputs whose base is N(0, 3^2); the tuned tensors are further ones: alike, spread, masked."""
+
 _SIGMA_BASE, _SIGMA_DELTA = 0.02, 0.002
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -28,8 +31,10 @@ class Spec:
     @property
     def label(self) -> str:
         """``4096x4096 bf16 n=3``, with the kind of delta where it is not Gaussian."""
-        text = f"{self.shape[0]}x{self.shape[1]} {_SHORT[self.dtype]} n={self.n}"
-        return text if self.data == "gaussian" else f"{text} {self.data}"
+        text = f"{self.shape[0]}x{self.shape[1]} {_SHORT[self.dtype]}"
+        if self.data == LOGITS:
+            return text
+        return f"{text} n={self.n}" if self.data == "gaussian" else f"{text} n={self.n} {self.data}"
 
     @property
     def tensor_bytes(self) -> int:
@@ -64,6 +69,8 @@ def empty(
 def make(spec: Spec, seed: int = 0, device: str | torch.device = "cpu") -> Inputs:
     """Base ~ N(0, 0.02^2); deltas of the spec's kind with an rms of about 0.002 (heavy ties: 0.0002)."""
     random = torch.Generator(device).manual_seed(seed)
+    if spec.data == LOGITS:
+        return _logits(spec, random, device)
     base = _normal(spec.shape, random).mul_(_SIGMA_BASE)
     base_out = empty(spec.shape, spec.dtype, 0, device).copy_(base)
     # The delta is added to the base as it was rounded, as a fine-tune starts from the stored weights.
@@ -74,6 +81,18 @@ def make(spec: Spec, seed: int = 0, device: str | torch.device = "cpu") -> Input
         tuned.append(empty(spec.shape, spec.dtype, i + 1, device).copy_(delta.add_(base)))
     out = empty(spec.shape, spec.dtype, spec.n + 1, device).fill_(1.0)
     return Inputs(base_out, tuned, out)
+
+
+def _logits(spec: Spec, random: torch.Generator, device: str | torch.device) -> Inputs:
+    """3 randn, then up to three more: 3 randn, 30 randn, and 3 randn of which a fifth is -inf."""
+    tensors = []
+    for slot, size in enumerate((3, 3, 30, 3)[: spec.n + 1]):
+        values = _normal(spec.shape, random).mul_(size)
+        if slot == 3:
+            values.masked_fill_(torch.rand(spec.shape, generator=random, device=device) < 0.2, -math.inf)
+        tensors.append(empty(spec.shape, spec.dtype, slot, device).copy_(values))
+    out = empty(spec.shape, spec.dtype, spec.n + 1, device).fill_(1.0)
+    return Inputs(tensors[0], tensors[1:], out)
 
 
 def sets(spec: Spec) -> list[Inputs]:

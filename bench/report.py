@@ -88,9 +88,9 @@ def load(path: Path) -> Run:
 
 def cells(row: Row) -> tuple[str, ...]:
     """One row of the table as text, in the order of its head."""
-    if row["kind"] != "time":
-        return (row["name"], f"{row['value']:.3g} {row['unit']}", "", "", "", target(row), "")
     beaten = ", ".join(f"{p['name']} {p['x']:.3g}x" for p in row.get("peers", ()))
+    if row["kind"] != "time":
+        return (row["name"], f"{row['value']:.3g} {row['unit']}", "", "", "", target(row), beaten)
     return (
         row["name"], f"{row['value']:.2f}", f"{row['gbs']:.1f}", f"{100 * row['of_copy']:.0f} %",
         f"{row['x_ideal']:.2f}", target(row), beaten,

@@ -23,7 +23,7 @@ import torch
 from pykernels import _C, native
 from pykernels.bench import peers
 from pykernels.bench.cases import CASES, Case
-from pykernels.bench.inputs import Inputs, Spec, make, sets
+from pykernels.bench.inputs import LOGITS, Inputs, Spec, make, sets
 
 COPY_BYTES = 128 << 20
 
@@ -86,7 +86,7 @@ class Setting:
 def control(inputs: Sequence[Inputs], case: Case) -> Callable[[int], None]:
     """The ideal for this row's inputs: as many tensors read as the op reads, one written."""
     threads = torch.get_num_threads()
-    reads = _READS.get(case.op, slice(None))
+    reads = _reads(case)
 
     def run(i: int) -> None:
         x = inputs[i % len(inputs)]
@@ -122,11 +122,8 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
             "of_copy": case.nbytes / took / copy_rate,
             "x_ideal": took / ideal,
         }
-        judge(
-            row,
-            case,
-            took / (ideal if case.target.of == "ideal" else middle.get(case.target.of, float("nan"))),
-        )
+        bounds = {"ideal": ideal, "copy": case.nbytes / copy_rate}
+        judge(row, case, took / (middle | bounds).get(case.target.of, float("nan")))
         row["peers"] = [peers.measure(peer, case, inputs[0]) for peer in peers.of(case)]
         yield row
 
@@ -134,6 +131,13 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
 def _control_of(case: Case) -> str:
     """Rows that read the same tensors share a control."""
     return f"ideal {case.op}" if case.op in _READS else "ideal"
+
+
+def _reads(case: Case) -> slice:
+    """The tensors of a set that the row's control reads: of logits one, or two where there are two."""
+    if case.spec.data == LOGITS:
+        return slice(0, 2 if case.spec.n == 1 else 1)
+    return _READS.get(case.op, slice(None))
 
 
 _READS = {"trim": slice(1, 2), "drop_rescale": slice(1, 2), "elect_sign": slice(1, None)}
@@ -160,6 +164,30 @@ def measure_call(case: Case) -> Row:
         means.append((time.perf_counter() - start) / 50 * 1e6)
     row = _row(case, statistics.median(means), "us")
     judge(row, case, row["value"])
+    return row
+
+
+def measure_cached(case: Case) -> Row:
+    """Microseconds of a call and of its peers' on one set of inputs: medians of 40 means of 20, by turns."""
+    x = make(case.spec)
+    found = peers.of(case)
+    calls = {"": case.call(x)} | {peer.name: peer.theirs(case, x) for peer in found}
+    means: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(40):
+        for name, call in calls.items():
+            call()
+            start = time.perf_counter()
+            for _ in itertools.repeat(None, 20):
+                call()
+            means[name].append((time.perf_counter() - start) / 20 * 1e6)
+    middle = {name: statistics.median(m) for name, m in means.items()}
+    row = _row(case, middle[""], "us")
+    row["peers"] = [
+        {"name": p.name, "ms": middle[p.name] / 1e3, "x": middle[p.name] / middle[""], "least": p.least}
+        for p in found
+    ]
+    for peer in row["peers"]:
+        peer["met"] = peer["x"] >= peer["least"]
     return row
 
 
@@ -193,6 +221,7 @@ def run(select: Callable[[Case], bool], *, with_peers: bool = True) -> Iterator[
     for spec, group in by_spec.items():
         yield from measure_group(group, sets(spec))
     yield from (measure_call(case) for case in chosen if case.kind == "call")
+    yield from (measure_cached(case) for case in chosen if case.kind == "cache")
 
 
 def runs_here(case: Case) -> bool:

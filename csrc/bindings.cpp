@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "drive/isa.h"
 #include "drive/merge.h"
 #include "drive/process.h"
+#include "drive/softmax.h"
 
 namespace py = pybind11;
 
@@ -146,6 +149,38 @@ void elect_sign(uintptr_t out, int dtype, const Addresses& deltas, int64_t numel
   pk::elect_sign(static_cast<int8_t*>(at_mutable(out)), task);
 }
 
+void softmax(uintptr_t out, int out_dtype, uintptr_t x, int dtype, int64_t outer, int64_t n, int64_t inner,
+             int kind, uintptr_t mask, int mask_kind, const std::array<int64_t, 3>& mask_stride,
+             uintptr_t sink, const std::array<int64_t, 2>& sink_stride, float temperature, float softcap,
+             bool safe, int threads) {
+  py::gil_scoped_release release;
+  pk::softmax({kind,
+               at_mutable(out),
+               at(x),
+               out_dtype,
+               dtype,
+               outer,
+               n,
+               inner,
+               temperature,
+               softcap,
+               at(mask),
+               mask_kind,
+               {mask_stride[0], mask_stride[1], mask_stride[2]},
+               static_cast<const float*>(at(sink)),
+               {sink_stride[0], sink_stride[1]},
+               safe},
+              threads);
+}
+
+void softmax_backward(uintptr_t out, int out_dtype, uintptr_t grad, int grad_dtype, uintptr_t y, int dtype,
+                      int64_t outer, int64_t n, int64_t inner, int kind, float scale, int threads) {
+  py::gil_scoped_release release;
+  pk::softmax_backward(
+      {kind, at_mutable(out), at(grad), at(y), out_dtype, grad_dtype, dtype, outer, n, inner, scale},
+      threads);
+}
+
 int64_t count_nonfinite(int dtype, uintptr_t data, int64_t numel) {
   py::gil_scoped_release release;
   return pk::kernels().count_nonfinite(dtype, at(data), 0, numel);
@@ -179,6 +214,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("elect_sign", &elect_sign);
   m.def("count_nonfinite", &count_nonfinite);
   m.def("ideal", &ideal);
+  m.def("softmax", &softmax);
+  m.def("softmax_backward", &softmax_backward);
   m.def("advise_huge", [](uintptr_t data, size_t bytes) { pk::advise_huge(at_mutable(data), bytes); });
   m.def("isas", &pk::isas);
   m.def("isa", [] { return std::string(pk::kernels().name); });

@@ -99,6 +99,39 @@ def magnitude_histogram(
 def elect_sign(
     out: int, dtype: int, deltas: list[int], numel: int, weight: list[float], combine: int, threads: int
 ) -> None: ...
+def softmax(
+    out: int,
+    out_dtype: int,
+    x: int,
+    dtype: int,
+    outer: int,
+    n: int,
+    inner: int,
+    kind: int,
+    mask: int,
+    mask_kind: int,
+    mask_stride: tuple[int, int, int],
+    sink: int,
+    sink_stride: tuple[int, int],
+    temperature: float,
+    softcap: float,
+    safe: bool,
+    threads: int,
+) -> None: ...
+def softmax_backward(
+    out: int,
+    out_dtype: int,
+    grad: int,
+    grad_dtype: int,
+    y: int,
+    dtype: int,
+    outer: int,
+    n: int,
+    inner: int,
+    kind: int,
+    scale: float,
+    threads: int,
+) -> None: ...
 def count_nonfinite(dtype: int, data: int, numel: int) -> int: ...
 def ideal(out: int, inputs: list[int], bytes: int, threads: int) -> None: ...
 def advise_huge(data: int, bytes: int) -> None: ...

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pykernels.ops.elect_sign import elect_sign as elect_sign
     from pykernels.ops.kth_magnitude import kth_magnitude as kth_magnitude
     from pykernels.ops.linear_merge import linear_merge as linear_merge
+    from pykernels.ops.log_softmax import log_softmax as log_softmax
+    from pykernels.ops.logsumexp import logsumexp as logsumexp
+    from pykernels.ops.softmax import softmax as softmax
     from pykernels.ops.task_arithmetic import task_arithmetic as task_arithmetic
     from pykernels.ops.ties_merge import ties_merge as ties_merge
     from pykernels.ops.trim import trim as trim
@@ -34,6 +37,9 @@ _HOMES = {
             "elect_sign",
             "kth_magnitude",
             "linear_merge",
+            "log_softmax",
+            "logsumexp",
+            "softmax",
             "task_arithmetic",
             "ties_merge",
             "trim",

@@ -50,6 +50,8 @@ TABLE: dict[str, dict[str, str]] = {
     }
     for op in ROWS
 }
+CPU_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
+TABLE |= {op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in CPU_ROWS}
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
 _HUGE = 1 << 20
@@ -210,12 +212,17 @@ def output(
     like: torch.Tensor,
     inputs: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """``out``, checked; or a new tensor, on huge pages where large: a first touch costs more than a merge."""
+    """``out``, checked; or a new tensor as :func:`fresh` makes it."""
     if out is not None:
         check.output(op, out, out_dtype, like, inputs)
         return out
-    new = torch.empty_like(like, dtype=check.result_dtype(op, out_dtype, like))
-    if new.numel() >= _HUGE and new.device.type == "cpu" and missing("cpu") is None:
+    return fresh(like.shape, check.result_dtype(op, out_dtype, like), like.device)
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A new contiguous tensor, on huge pages where large: a first touch costs more than a merge."""
+    new = torch.empty(shape, dtype=dtype, device=device)
+    if new.numel() >= _HUGE and device.type == "cpu" and missing("cpu") is None:
         importlib.import_module("pykernels.native").advise_huge(new)
     return new
 

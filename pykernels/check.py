@@ -6,7 +6,7 @@ A message names the op, the argument, the rule and the value, in that order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ _PLAIN = frozenset({float, int, list, tuple})
 _NONE = frozenset({bool, list, tuple})
 """Types that are no numbers, known without a slow question."""
 _FLOAT32_MAX = 3.4028234663852886e38
+_FLOAT32_TINY = 2.0**-126
 
 
 def same_kind(op: str, first: str, like: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
@@ -190,6 +191,86 @@ def seed(op: str, value: int) -> int:
     if not 0 <= value < 2**64:
         raise ValueError(f"{op}: seed must lie in [0, 2**64), got {value}")
     return value
+
+
+def row_input(op: str, x: torch.Tensor, dtype: torch.dtype | None, *, integers: bool = False) -> torch.dtype:
+    """A dense tensor of any strides, float or cast to the float ``dtype``; returns the dtype to work on.
+
+    ``integers``: what is no float counts as float32, as ``torch.logsumexp`` has it.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise NotImplementedError(f"{op}: x must be a dense tensor, got {x.layout}")
+    if x.is_meta:
+        raise ValueError(f"{op}: x must be a tensor with data, got one on {x.device}")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    if x.dtype in FLOAT_DTYPES:
+        return dtype or x.dtype
+    if x.dtype.is_complex or (dtype is None and not integers) or (integers and x.dtype.is_floating_point):
+        rule = "" if x.dtype.is_complex or integers else ", or dtype= given"
+        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64{rule}, got {x.dtype}")
+    return dtype or torch.float32
+
+
+def dimension(op: str, dim: int, rank: int) -> int:
+    """A dimension of a tensor of ``rank`` dimensions, counted from 0; 0 and -1 name the one of a number."""
+    if type(dim) is not int and (isinstance(dim, bool) or not isinstance(dim, Integral)):
+        raise TypeError(f"{op}: dim must be an integer, got {type(dim).__name__}")
+    rank = rank or 1
+    if not -rank <= dim < rank:
+        raise IndexError(
+            f"{op}: Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})"
+        )
+    return int(dim) % rank
+
+
+def dimensions(op: str, dims: Sequence[int], rank: int) -> list[int]:
+    """Different dimensions, at least one, counted from 0 and in ascending order."""
+    if isinstance(dims, str) or not isinstance(dims, Sequence):
+        raise TypeError(f"{op}: dim must be an integer or several, got {type(dims).__name__}")
+    found = sorted(dimension(op, d, rank) for d in dims)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{op}: dim must name one dimension or several different ones, got {list(dims)}")
+    return found
+
+
+def positive(op: str, name: str, value: float) -> float:
+    """A number above 0 that float32 holds without a loss of digits."""
+    value = number(op, name, value)
+    if not value >= _FLOAT32_TINY:
+        raise ValueError(f"{op}: {name} must be positive and normal in float32, got {value}")
+    return value
+
+
+def beside(op: str, name: str, value: torch.Tensor, like: torch.Tensor, shape: Sequence[int]) -> None:
+    """``value`` must be a dense tensor on ``like``'s device, to be broadcast to ``shape``."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_meta:
+        raise ValueError(
+            f"{op}: {name} must be a dense tensor with data, got {value.layout} on {value.device}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on x's device {like.device}, got {value.device}")
+    short = len(shape) - value.dim()
+    if short < 0 or any(a != b and a != 1 for a, b in zip(value.shape, shape[short:], strict=True)):
+        raise ValueError(f"{op}: {name} must broadcast to {list(shape)}, got {list(value.shape)}")
+
+
+def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> None:
+    """``out`` must be a dense tensor of ``x``'s shape and device; the dtype's error is torch's."""
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"{op}: out must be a tensor, got {type(out).__name__}")
+    if out.layout is not torch.strided or out.is_meta:
+        raise ValueError(f"{op}: out must be a dense tensor with data, got {out.layout} on {out.device}")
+    if out.dtype != dtype:
+        raise RuntimeError(f"{op}: out must have the result's dtype {dtype}, got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"{op}: out must have x's shape {list(x.shape)}, got {list(out.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"{op}: out must be on x's device {x.device}, got {out.device}")
 
 
 def result_dtype(op: str, out_dtype: torch.dtype | None, like: torch.Tensor) -> torch.dtype:

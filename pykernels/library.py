@@ -39,7 +39,8 @@ def define(op: str, arguments: str, run: Callable[..., Any], fake: Callable[...,
         fake(*positional, **named)
 
     name = f"{op}.out"
-    _LIBRARY.define(f"{name}({arguments}, Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
+    star = "" if "*" in arguments else "*, "  # out is given by name
+    _LIBRARY.define(f"{name}({arguments}, {star}Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, fill, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake_fill, lib=_LIBRARY)
 

@@ -10,7 +10,7 @@ import torch
 
 from pykernels import _C
 from pykernels.cut import Cut
-from pykernels.rows import CODES, COMBINE, NONE_KEPT, SUM_BLOCK, through_float32
+from pykernels.rows import CODES, COMBINE, MASKS, NONE_KEPT, SUM_BLOCK, through_float32
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 
@@ -219,6 +219,100 @@ def drop_rescale(
 ) -> None:
     """scale * delta where kept, 0 elsewhere."""
     dare_merge(out, None, [delta], [threshold], [0], key, [scale], None, None, 1.0, None, offset)
+
+
+def _softmax(
+    kind: int,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    safe: bool,
+) -> None:
+    outer, n, inner = x.shape
+    strides = [0, 0, 0] if mask is None else mask.stride()
+    _C.softmax(
+        out.data_ptr(),
+        CODES[out.dtype],
+        x.data_ptr(),
+        CODES[x.dtype],
+        outer,
+        n,
+        inner,
+        kind,
+        0 if mask is None else mask.data_ptr(),
+        -1 if mask is None else MASKS[mask.dtype],
+        (strides[0], strides[1], strides[2]),
+        0 if sink is None else sink.data_ptr(),
+        (0, 0) if sink is None else (sink.stride(0), sink.stride(1)),
+        temperature,
+        softcap or 0.0,
+        safe,
+        threads(),
+    )
+
+
+def softmax(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    safe: bool,
+) -> None:
+    """out = softmax over the middle of x [outer, n, inner]; mask as x, sink [outer, inner]."""
+    _softmax(0, out, x, temperature, softcap, mask, sink, safe)
+
+
+def log_softmax(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sink: None,
+    safe: bool,
+) -> None:
+    """The logarithm of :func:`softmax`."""
+    _softmax(1, out, x, temperature, softcap, mask, sink, safe)
+
+
+def logsumexp(out: torch.Tensor, x: torch.Tensor, temperature: float) -> None:
+    """out [outer, inner] = log(sum(exp(x / temperature))) over the middle of x [outer, n, inner]."""
+    _softmax(2, out, x, temperature, None, None, None, False)
+
+
+def _softmax_backward(
+    kind: int, out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float
+) -> None:
+    outer, n, inner = y.shape
+    _C.softmax_backward(
+        out.data_ptr(),
+        CODES[out.dtype],
+        grad.data_ptr(),
+        CODES[grad.dtype],
+        y.data_ptr(),
+        CODES[y.dtype],
+        outer,
+        n,
+        inner,
+        kind,
+        scale,
+        threads(),
+    )
+
+
+def softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+    """out = scale * y * (grad - sum(grad * y)) over the middle of [outer, n, inner]."""
+    _softmax_backward(0, out, grad, y, scale)
+
+
+def log_softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+    """out = scale * (grad - exp(y) * sum(grad)) over the middle of [outer, n, inner]."""
+    _softmax_backward(1, out, grad, y, scale)
 
 
 def count_nonfinite(tensor: torch.Tensor) -> int:

@@ -10,6 +10,8 @@ from pykernels import grouping
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """As ``DType`` in csrc/math/dtype.h."""
+MASKS = {**CODES, torch.bool: 3}
+"""As ``MaskKind`` in csrc/cpu/softmax_jobs.h."""
 COMBINE = {None: 0, "weighted": 1, "plain": 2}
 NONE_KEPT = 0xFFFF_FFFF
 """A key above all others; keys of cuts are 32 bits in the kernels."""

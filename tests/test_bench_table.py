@@ -54,7 +54,7 @@ RUN = {
 def test_names_are_unique_and_targets_name_rows():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    assert {c.target.of for c in CASES} - set(names) == {"ideal", "us", "MiB"}
+    assert {c.target.of for c in CASES} - set(names) == {"ideal", "copy", "us", "MiB"}
 
 
 def test_every_public_op_has_a_case():
@@ -70,6 +70,8 @@ def test_every_public_op_has_a_case():
         (Case("ties_merge", Spec(dtype=torch.float32, n=8)), 10 * 4 * 4096**2),
         (Case("elect_sign"), (3 * 2 + 1) * 4096**2),
         (Case("trim", Spec(n=1)), 2 * 2 * 4096**2),
+        (Case("softmax", Spec(n=1, data="logits")), 2 * 2 * 4096**2),
+        (Case("softmax_backward", Spec(n=1, data="logits")), 3 * 2 * 4096**2),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else "",
 )
@@ -84,8 +86,11 @@ def test_every_case_runs(case):
     assert torch.isfinite(case.call(x)()).all()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.peers], ids=lambda case: case.name)
-@pytest.mark.parametrize("name", ["naive torch", "tuned torch"])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, name) for case in CASES for name in case.peers if name.endswith("torch")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_peers_agree(case, name):
     peer = next(p for p in peers.of(case) if p.name == name)
     assert peers.compare(peer, case) < 1e-4

@@ -238,7 +238,7 @@ def test_a_layout_that_does_not_fit_says_so(host, monkeypatch):
 
 
 def test_every_row_of_the_backends_is_sanitized(monkeypatch):
-    assert set(sanitize_cases.ROWS) == set(backends.TABLE)
+    assert set(sanitize_cases.ROWS) == {op for op, row in backends.TABLE.items() if "cuda" in row}
     monkeypatch.setattr(sanitize_cases, "able", lambda: ["cpu"])
     said = []
     assert sanitize_cases.run(torch.device("cpu"), said.append) == 0

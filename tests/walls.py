@@ -23,6 +23,10 @@ CANARY = 0xA5
 SIZES = {0: 4, 1: 2, 2: 2}
 """Bytes of an element by the dtype code of csrc/math/dtype.h."""
 
+MASK_SIZES = {**SIZES, 3: 1}
+LOGSUMEXP = 2
+"""The kind of a softmax call that writes one number a row."""
+
 PLACES = ("end", 1, "start", 7, 34, 63, 3, 32)
 """Where a buffer stands: at the wall behind it, at the wall before it, or so many bytes after that wall."""
 
@@ -36,6 +40,8 @@ LAYOUT = {
     "magnitude_histogram": "bins dtype base tuned numel",
     "elect_sign": "signs dtype tuned numel",
     "count_nonfinite": "dtype base numel",
+    "softmax": "out out_dtype base dtype outer n inner kind mask mask_kind mask_stride sink sink_stride",
+    "softmax_backward": "out out_dtype grad grad_dtype base dtype outer n inner kind",
 }
 """Leading arguments of the functions of ``_C``; ``tuned`` is a list of addresses, other tensors are one."""
 
@@ -52,21 +58,42 @@ def asan() -> bool:
 
 def _bytes(given: dict[str, Any]) -> dict[str, int]:
     """Sizes of the tensors of a call, by the names of LAYOUT; ``base``: of each of ``tuned`` too."""
-    numel, models = given["numel"], len(given.get("tuned", ()))
+    numel, models = _numel(given), len(given.get("tuned", ()))
     blocks = -(-numel // 4096)
     return {
         "base": numel * SIZES[given["dtype"]],
         "grad": numel * SIZES[given.get("grad_dtype", 0)],
-        "out": numel * SIZES[given.get("out_dtype", 0)],
+        "out": (_rows(given) if given.get("kind") == LOGSUMEXP else numel) * SIZES[given.get("out_dtype", 0)],
         "signs": numel,
         "norms": blocks * models * 16,
         "dots": blocks * models * 8,
         "bins": models * 65536 * 8,
+        "mask": _span(given, "mask_stride", "outer n inner") * MASK_SIZES.get(given.get("mask_kind"), 0),
+        "sink": _span(given, "sink_stride", "outer inner") * 4,
     }
 
 
+def _numel(given: dict[str, Any]) -> int:
+    return given["numel"] if "numel" in given else _rows(given) * given["n"]
+
+
+def _rows(given: dict[str, Any]) -> int:
+    return given["outer"] * given["inner"]
+
+
+def _span(given: dict[str, Any], strides: str, sizes: str) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    steps = zip(given.get(strides, ()), sizes.split(), strict=False)
+    return 1 + sum(step * max(given[size] - 1, 0) for step, size in steps)
+
+
 _WRITTEN = {"out", "signs", "norms", "dots", "bins"}
-_EIGHT_ALIGNED = {"norms", "dots", "bins"}  # allocated by the caller of the kernel, never a view of a file
+_EIGHT_ALIGNED = {
+    "norms",
+    "dots",
+    "bins",
+    "sink",
+}  # the caller's own, never a view of a file
 
 
 class Region:
@@ -164,7 +191,7 @@ def _behind_walls(name: str, function: Callable[..., Any]) -> Callable[..., Any]
     def call(*arguments: Any) -> Any:
         given = dict(zip(names, arguments, strict=False))
         nbytes = _bytes(given)
-        stage = Stage((name, given["numel"], given["dtype"], len(given.get("tuned", ()))))
+        stage = Stage((name, _numel(given), given["dtype"], len(given.get("tuned", ()))))
         moved: list[Any] = []
         for key in names:
             if key == "tuned":

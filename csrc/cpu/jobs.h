@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "softmax_jobs.h"
 
 namespace pk::cpu {
 
@@ -79,6 +80,17 @@ struct Kernels {
   void (*elect_sign)(int8_t* out, const Merge&, int combine, int64_t begin, int64_t end);
   int64_t (*count_nonfinite)(int dtype, const void* data, int64_t begin, int64_t end);
   void (*ideal)(void* out, const void* const* inputs, int n, int64_t begin, int64_t end);
+  void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);  // n + kSlack floats
+  void (*softmax_columns)(const Softmax&, int64_t outer, int64_t first, int tiles, float* scratch);
+  void (*softmax_few_columns)(const Softmax&, int64_t outer, float* scratch);
+  RowSum (*softmax_sum)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift);
+  RowScan (*softmax_scan)(const Softmax&, int64_t row, int64_t begin, int64_t end);
+  Answer (*softmax_answer)(const Softmax&, int64_t row, const RowSum* sums, int64_t count, float shift);
+  Answer (*softmax_infinite)(const Softmax&, float largest, bool nan);
+  void (*softmax_write)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift, const Answer&);
+  double (*softmax_backward_sum)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end);
+  void (*softmax_backward_write)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end, float sum);
+  void (*softmax_backward_columns)(const SoftmaxBackward&, int64_t outer, int64_t first, float* scratch);
 };
 
 constexpr int kSampleGroup = 32;  // consecutive elements that gather_keys takes per start

@@ -18,6 +18,17 @@ int64_t nth_equal(int, const void*, const void*, uint32_t, int64_t, int64_t, int
 void elect_sign(int8_t*, const Merge&, int, int64_t, int64_t);
 int64_t count_nonfinite(int, const void*, int64_t, int64_t);
 void ideal(void*, const void* const*, int, int64_t, int64_t);
+void softmax_rows(const Softmax&, int64_t, int64_t, float*);
+void softmax_columns(const Softmax&, int64_t, int64_t, int, float*);
+void softmax_few_columns(const Softmax&, int64_t, float*);
+RowSum softmax_sum(const Softmax&, int64_t, int64_t, int64_t, float);
+RowScan softmax_scan(const Softmax&, int64_t, int64_t, int64_t);
+Answer softmax_answer(const Softmax&, int64_t, const RowSum*, int64_t, float);
+Answer softmax_infinite(const Softmax&, float, bool);
+void softmax_write(const Softmax&, int64_t, int64_t, int64_t, float, const Answer&);
+double softmax_backward_sum(const SoftmaxBackward&, int64_t, int64_t, int64_t);
+void softmax_backward_write(const SoftmaxBackward&, int64_t, int64_t, int64_t, float);
+void softmax_backward_columns(const SoftmaxBackward&, int64_t, int64_t, float*);
 
 }  // namespace PK_ISA
 
@@ -28,10 +39,32 @@ void ideal(void*, const void* const*, int, int64_t, int64_t);
 
 extern const Kernels PK_JOIN(kernels_, PK_ISA);
 const Kernels PK_JOIN(kernels_, PK_ISA) = {
-    PK_TEXT(PK_ISA),     PK_ISA::linear_merge,    PK_ISA::ties_merge,   PK_ISA::ties_fused,
-    PK_ISA::dare_merge,  PK_ISA::l1_norms,        PK_ISA::dot_products, PK_ISA::count_band,
-    PK_ISA::gather_keys, PK_ISA::band_of_records, PK_ISA::histogram,    PK_ISA::nth_equal,
-    PK_ISA::elect_sign,  PK_ISA::count_nonfinite, PK_ISA::ideal,
+    PK_TEXT(PK_ISA),
+    PK_ISA::linear_merge,
+    PK_ISA::ties_merge,
+    PK_ISA::ties_fused,
+    PK_ISA::dare_merge,
+    PK_ISA::l1_norms,
+    PK_ISA::dot_products,
+    PK_ISA::count_band,
+    PK_ISA::gather_keys,
+    PK_ISA::band_of_records,
+    PK_ISA::histogram,
+    PK_ISA::nth_equal,
+    PK_ISA::elect_sign,
+    PK_ISA::count_nonfinite,
+    PK_ISA::ideal,
+    PK_ISA::softmax_rows,
+    PK_ISA::softmax_columns,
+    PK_ISA::softmax_few_columns,
+    PK_ISA::softmax_sum,
+    PK_ISA::softmax_scan,
+    PK_ISA::softmax_answer,
+    PK_ISA::softmax_infinite,
+    PK_ISA::softmax_write,
+    PK_ISA::softmax_backward_sum,
+    PK_ISA::softmax_backward_write,
+    PK_ISA::softmax_backward_columns,
 };
 
 }  // namespace pk::cpu

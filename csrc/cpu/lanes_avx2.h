@@ -1,4 +1,5 @@
-// Eight lanes: AVX2, F16C, BMI2. Functions here are internal to the file that includes them (see lanes.h).
+// Eight lanes: AVX2, FMA, F16C, BMI2. Functions here are internal to the file that includes them (see
+// lanes.h).
 #pragma once
 
 constexpr int kLanes = 8;
@@ -52,6 +53,20 @@ PK_IN F multiply_where(M m, F a, F b) {
 }
 PK_IN void store(uint32_t* p, U x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
 PK_IN void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
+
+// For exponentials. A NaN in x survives larger and smaller.
+PK_IN F load_floats(const float* p) { return {_mm256_loadu_ps(p)}; }
+PK_IN F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+PK_IN F larger(F bound, F x) { return {_mm256_max_ps(bound.v, x.v)}; }
+PK_IN F smaller(F bound, F x) { return {_mm256_min_ps(bound.v, x.v)}; }
+PK_IN M less(F a, F b) { return as_mask(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
+PK_IN float largest_lane(F x) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+PK_IN F as_power(F r) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(r.v), 23))}; }
+PK_IN F bits_of_nearest(F x) { return {_mm256_castsi256_ps(_mm256_cvtps_epi32(x.v))}; }
 
 /// Number of set lanes, summed over calls.
 struct Counter {

@@ -63,6 +63,45 @@ PK_IN F multiply_where(M m, F a, F b) { return {Floats(Ints(a.v * b.v) & m.v)}; 
 PK_IN void store(uint32_t* p, U x) { memcpy(p, &x.v, 16); }
 PK_IN void store(float* p, F x) { memcpy(p, &x.v, 16); }
 
+// For exponentials. A NaN in x survives larger and smaller.
+PK_IN F load_floats(const float* p) {
+  F x;
+  memcpy(&x.v, p, 16);
+  return x;
+}
+PK_IN F larger(F bound, F x) { return select({Ints(bound.v > x.v)}, bound, x); }
+PK_IN F smaller(F bound, F x) { return select({Ints(bound.v < x.v)}, bound, x); }
+PK_IN M less(F a, F b) { return {Ints(a.v < b.v)}; }
+PK_IN float largest_lane(F x) {
+  const float a = x.v[0] > x.v[1] ? x.v[0] : x.v[1], b = x.v[2] > x.v[3] ? x.v[2] : x.v[3];
+  return a > b ? a : b;
+}
+PK_IN F as_power(F r) { return {Floats(Words(r.v) << 23)}; }
+PK_IN F bits_of_nearest(F x) {  // of numbers in [0, 2^23)
+  const Words shifted = Words((x + F::of(0x1p+23f)).v);
+  return {Floats(shifted - Words(F::of(0x1p+23f).v))};
+}
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+PK_IN F fma(F a, F b, F c) {
+  for (int i = 0; i < kLanes; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+#else
+// Products of floats are exact in double. Where the sum lies, as a double, just between two floats, rounding
+// twice could differ from rounding once: such lanes ask the library.
+PK_IN F fma(F a, F b, F c) {
+  typedef double Doubles __attribute__((vector_size(32)));
+  typedef int64_t Wide __attribute__((vector_size(32)));
+  const Doubles sum = __builtin_convertvector(a.v, Doubles) * __builtin_convertvector(b.v, Doubles) +
+                      __builtin_convertvector(c.v, Doubles);
+  const Wide between = (Wide(sum) & 0x1FFFFFFF) == 0x10000000;
+  F x = {__builtin_convertvector(sum, Floats)};
+  if (__builtin_expect((between[0] | between[1] | between[2] | between[3]) != 0, 0))
+    for (int i = 0; i < kLanes; i++) x.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return x;
+}
+#endif
+
 /// Number of set lanes, summed over calls. A lane wraps after 2^30 calls: callers total up long before.
 struct Counter {
   Ints n = {};

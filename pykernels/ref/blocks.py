@@ -26,6 +26,11 @@ from pykernels.ref.delta import key as _key
 from pykernels.ref.kth_magnitude import kth_magnitude as _kth_magnitude
 from pykernels.ref.kth_magnitude import none_kept
 from pykernels.ref.rounding import round_once
+from pykernels.ref.softmax_blocks import log_softmax as log_softmax
+from pykernels.ref.softmax_blocks import log_softmax_backward as log_softmax_backward
+from pykernels.ref.softmax_blocks import logsumexp as logsumexp
+from pykernels.ref.softmax_blocks import softmax as softmax
+from pykernels.ref.softmax_blocks import softmax_backward as softmax_backward
 
 LARGEST = 2**20
 SORTED = 2**16  # up to here sorting all keys beats counting them into as many bins

@@ -1,0 +1,73 @@
+"""The softmax family in the table of cases: our calls, torch's, and the least bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+import pykernels
+from pykernels import backends
+from pykernels.bench.inputs import Inputs, Spec
+
+Options = Mapping[str, Any]
+_AT = {"spread": 2, "masked": 3}
+
+
+def logits(x: Inputs, options: Options) -> torch.Tensor:
+    """The tensor that the row is about: plain logits unless its options name others."""
+    return x.all[_AT.get(options.get("logits", ""), 0)]
+
+
+def _softmax(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
+    return pykernels.softmax(logits(x, o), o.get("dim", -1), out=out)
+
+
+def _log_softmax(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
+    return pykernels.log_softmax(logits(x, o), o.get("dim", -1), out=out)
+
+
+def _logsumexp(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
+    return pykernels.logsumexp(logits(x, o), o.get("dim", -1))
+
+
+def _backward(op: str) -> Callable[[Inputs, torch.Tensor | None, Options], Any]:
+    """The row itself, as operators allocate their result: grad is the first tensor, y the second."""
+
+    def call(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
+        assert out is not None
+        grad, y, rows = (t.view(*t.shape, 1) for t in (x.base, x.tuned[0], out))
+        backends.call(op, y)(rows, grad, y, 1.0)
+        return out
+
+    return call
+
+
+CALLS: dict[str, Callable[[Inputs, torch.Tensor | None, Options], Any]] = {
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
+    "softmax_backward": _backward("softmax_backward"),
+    "log_softmax_backward": _backward("log_softmax_backward"),
+}
+TRAFFIC: dict[str, Callable[[Spec], int]] = {
+    "softmax": lambda s: 2 * s.tensor_bytes,
+    "log_softmax": lambda s: 2 * s.tensor_bytes,
+    "logsumexp": lambda s: s.tensor_bytes + s.tensor_bytes // s.shape[1],
+    "softmax_backward": lambda s: 3 * s.tensor_bytes,
+    "log_softmax_backward": lambda s: 3 * s.tensor_bytes,
+}
+
+
+def in_torch(op: str, x: Inputs, options: Options) -> Callable[[], torch.Tensor]:
+    """torch's own op on the same tensors, into the same output."""
+    z, dim, dtype = logits(x, options), options.get("dim", -1), x.base.dtype
+    if op == "logsumexp":
+        return lambda: torch.logsumexp(z, dim)
+    if op.endswith("_backward"):
+        backward = getattr(torch, {"softmax_backward": "_softmax_backward_data"}.get(op, f"_{op}_data"))
+        name = "grad_input" if op == "softmax_backward" else "out"
+        return lambda: backward(x.base, x.tuned[0], dim, dtype, **{name: x.out})
+    forward = getattr(torch, op)
+    return lambda: forward(z, dim, out=x.out)

@@ -1,0 +1,281 @@
+// softmax, log_softmax and logsumexp over a dimension that is not the last: tiles of sixteen columns.
+// Traffic: reads x once and writes out once while 4096 rows hold the whole dimension, as the columns wait in
+// scratch that stays in the cache; a longer dimension is read three times.
+#include "softmax_tile.h"
+
+namespace pk::cpu::PK_ISA {
+namespace {
+
+constexpr int kMostTiles = int(kColumnTiles);
+constexpr int64_t kRowsAhead = 8;
+
+/// What a row has once, sixteen times.
+struct alignas(64) State {
+  float most[kWidth], shift[kWidth], magic[kWidth], low[kWidth];
+  float inverse[kWidth], lowered[kWidth], limit[kWidth], floor[kWidth], high[kWidth], rest[kWidth];
+  float log_sum[kWidth];
+  double total[kWidth], before[kWidth];
+  int exponent[kWidth];
+  bool nan[kWidth];
+};
+
+struct Place {
+  int64_t outer, first;
+  int width;
+};
+
+/// Tiles of sixteen columns that are neighbours, so that reads and writes go by longer stretches of a row.
+struct Tiles {
+  int count;
+  Place at[kMostTiles];
+  State state[kMostTiles];
+  float* z[kMostTiles];
+};
+
+template <class T>
+void load_plain(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t rows) {
+  const Place& at = tiles.at[0];
+  const T* x = static_cast<const T*>(job.x) + (at.outer * job.n + begin) * job.inner + at.first;
+  for (int64_t i = 0; i < rows; i++, x += job.inner)
+    for (int k = 0; k < tiles.count; k++) {
+      const T* from = x + k * kWidth;
+      float* to = tiles.z[k] + i * kWidth;
+      __builtin_prefetch(from + kRowsAhead * job.inner);
+      if (tiles.at[k].width == kWidth) {
+        widen(from, kWidth, to);
+      } else {
+        memset(to, 0, kWidth * sizeof(float));
+        widen(from, tiles.at[k].width, to);
+      }
+    }
+}
+
+/// Rows [begin, begin + rows) of the columns as z [rows, 16] of each tile.
+void load_tiles(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t rows) {
+  if (job.plain()) {
+    if (job.dtype == kF32) return load_plain<float>(job, tiles, begin, rows);
+    if (job.dtype == kBF16) return load_plain<bf16>(job, tiles, begin, rows);
+    return load_plain<f16>(job, tiles, begin, rows);
+  }
+  for (int k = 0; k < tiles.count; k++) {
+    const Place& at = tiles.at[k];
+    for (int64_t i = 0; i < rows; i++) {
+      float* to = tiles.z[k] + i * kWidth;
+      memset(to, 0, kWidth * sizeof(float));
+      load_z(job, (at.outer * job.n + begin + i) * job.inner + at.first,
+             at.outer * job.mask_stride[0] + (begin + i) * job.mask_stride[1] + at.first * job.mask_stride[2],
+             job.mask_stride[2], at.width, 0, to);
+    }
+  }
+}
+
+void shift_rows(float* z, int64_t rows, const State& state) {
+  for (int p = 0; p < kWidth; p += kLanes) {
+    const F shift = load_floats(state.shift + p);
+    for (int64_t i = 0; i < rows; i++) store(z + i * kWidth + p, load_floats(z + i * kWidth + p) - shift);
+  }
+}
+
+void find_largest(const float* z, int64_t rows, State& state) {
+  for (int p = 0; p < kWidth; p += kLanes) {
+    F most = load_floats(state.most + p);
+    for (int64_t i = 0; i < rows; i++) most = larger(load_floats(z + i * kWidth + p), most);
+    store(state.most + p, most);
+  }
+}
+
+void find_nan(const float* z, int64_t rows, State& state) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int c = 0; c < kWidth; c++) state.nan[c] |= z[i * kWidth + c] != z[i * kWidth + c];
+}
+
+/// Exponents from the largest elements; whether a column has to be shifted, or has no exponent at all.
+struct Needs {
+  bool shift, infinite;
+};
+Needs choose(const Softmax& job, Place at, State& state) {
+  Needs needs{false, false};
+  for (int c = 0; c < kWidth; c++) {
+    const float most = c < at.width ? with_sink(state.most[c], sink_of(job, at.outer, at.first + c)) : 0;
+    state.most[c] = most;
+    const bool finite = most - most == 0;
+    state.shift[c] = finite && !in_range(most) ? most : 0;
+    needs.shift |= state.shift[c] != 0;
+    needs.infinite |= !finite;
+    state.exponent[c] = in_range(most) ? nearest_exponent(most) : 0;
+    const Reference r = reference(state.exponent[c]);
+    state.magic[c] = r.magic;
+    state.low[c] = r.low;
+    state.total[c] = state.before[c] = 0;
+    state.nan[c] = false;
+  }
+  return needs;
+}
+
+/// Adds sums of few terms to the lanes, one register of columns wide.
+PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], int p) {
+  for (int l = 0; l < kStripe; l++) {
+    store(lanes[l] + p, load_floats(lanes[l] + p) + load_floats(few[l] + p));
+    store(few[l] + p, F::of(0));
+  }
+}
+
+/// Sums of one block of at most 4096 rows; w in place of z if asked for. Lanes and tree as in softmax.h.
+template <int degree, bool keep>
+void sum_block(float* z, int64_t rows, State& state) {
+  alignas(64) float lanes[kStripe][kWidth] = {}, few[kStripe][kWidth] = {};
+  for (int p = 0; p < kWidth; p += kLanes) {
+    const F magic = load_floats(state.magic + p), low = load_floats(state.low + p);
+    const auto term = [&](int64_t i) PK_ALWAYS {
+      float* place = z + i * kWidth + p;
+      const F w = lifted_exp<degree>(load_floats(place), magic, low);
+      if (keep) store(place, w);
+      return w;
+    };
+    for (int64_t group = 0; group < rows; group += kLazy) {
+      for (int64_t i = group; i < group + kStripe && i < rows; i++) {
+        F part = term(i);
+        for (int64_t k = i + kStripe; k < group + kLazy && k < rows; k += kStripe) part = part + term(k);
+        float* sum = few[i - group] + p;
+        store(sum, load_floats(sum) + part);
+      }
+      if (group / kLazy % kFew == kFew - 1) fold(few, lanes, p);
+    }
+    fold(few, lanes, p);
+  }
+  add_lanes(lanes, state.total);
+}
+
+void conclude(const Softmax& job, Place at, State& state) {
+  for (int c = 0; c < at.width; c++) {
+    const float sink = sink_of(job, at.outer, at.first + c);
+    double total = state.before[c] + state.total[c];
+    if (job.sink) total += lifted_sink(sink, state.shift[c], {state.magic[c], state.low[c]});
+    Answer a = answer_of(job.kind, total, state.exponent[c], state.shift[c], state.most[c] - state.shift[c]);
+    if (state.most[c] - state.most[c] != 0)
+      a = answer_at_infinity(job, state.most[c], state.nan[c] || sink != sink);
+    if (a.fill != Answer::kCompute) {  // by numbers that give it whatever the column holds
+      const float x = filling(job, a.fill);
+      a.inverse = a.lowered = x;
+      a.limit = -1;
+      a.high = x != x ? x : -kMinusInfinity;
+    }
+    state.magic[c] = a.fill == Answer::kCompute ? a.magic : state.magic[c];
+    state.low[c] = a.fill == Answer::kCompute ? a.low : state.low[c];
+    state.inverse[c] = a.inverse;
+    state.lowered[c] = a.lowered;
+    state.limit[c] = a.limit;
+    state.floor[c] = a.floor;
+    state.high[c] = a.high;
+    state.rest[c] = a.rest;
+    state.log_sum[c] = a.log_sum;
+  }
+}
+
+void start_piece(State& state) {
+  for (int c = 0; c < kWidth; c++) {
+    state.before[c] += state.total[c];
+    state.total[c] = 0;
+  }
+}
+
+template <class O>
+void write_sums(const Softmax& job, const Tiles& tiles) {
+  for (int t = 0; t < tiles.count; t++) {
+    const Place& at = tiles.at[t];
+    F y[kParts];
+    for (int k = 0; k < kParts; k++) y[k] = load_floats(tiles.state[t].log_sum + k * kLanes);
+    put_row(static_cast<O*>(job.out) + at.outer * job.inner + at.first, y, at.width);
+  }
+}
+
+template <class O>
+PK_IN F finished_lanes(F w, const State& state, int p) {
+  const F lowered = load_floats(state.lowered + p);
+  if (kFlushes<O>) return larger(load_floats(state.floor + p), w) * lowered;
+  const M some = less(w, load_floats(state.limit + p));
+  if (__builtin_expect(any(some, some), 0)) return carefully_scaled(w, load_floats(state.inverse + p));
+  return w * lowered;
+}
+
+/// Results of `rows` rows from w (softmax) or z (log_softmax).
+template <class O>
+void write_tiles(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t rows) {
+  const Place& at = tiles.at[0];
+  O* out = static_cast<O*>(job.out) + (at.outer * job.n + begin) * job.inner + at.first;
+  for (int64_t i = 0; i < rows; i++, out += job.inner)
+    for (int t = 0; t < tiles.count; t++) {
+      const State& state = tiles.state[t];
+      F y[kParts];
+      for (int k = 0; k < kParts; k++) {
+        const int p = k * kLanes;
+        const F x = load_floats(tiles.z[t] + i * kWidth + p);
+        y[k] = job.kind == kSoftmax ? finished_lanes<O>(x, state, p)
+                                    : (x - load_floats(state.high + p)) - load_floats(state.rest + p);
+      }
+      put_row(out + t * kWidth, y, tiles.at[t].width);
+    }
+}
+
+/// Terms of one block of rows: z is shifted where need be, sums go on, and w takes its place for softmax.
+template <class O>
+void sum_rows(const Softmax& job, float* z, int64_t rows, State& state) {
+  if (job.kind == kSoftmax)
+    sum_block<kDegree<O>, true>(z, rows, state);
+  else
+    sum_block<6, false>(z, rows, state);
+}
+
+template <class O>
+void columns_of(const Softmax& job, Tiles& tiles) {
+  const bool whole = job.n <= kColumnRows;
+  const int64_t n = job.n;
+  Needs needs[kMostTiles];
+  const auto each_part = [&](auto&& body) {
+    for (int64_t i = 0; i < n; i += kColumnRows) body(i, n - i < kColumnRows ? n - i : kColumnRows);
+  };
+  each_part([&](int64_t begin, int64_t rows) {
+    load_tiles(job, tiles, begin, rows);
+    for (int k = 0; k < tiles.count; k++) find_largest(tiles.z[k], rows, tiles.state[k]);
+  });
+  for (int k = 0; k < tiles.count; k++) needs[k] = choose(job, tiles.at[k], tiles.state[k]);
+  each_part([&](int64_t begin, int64_t rows) {
+    if (!whole) load_tiles(job, tiles, begin, rows);
+    for (int k = 0; k < tiles.count; k++) {
+      State& state = tiles.state[k];
+      if (needs[k].shift) shift_rows(tiles.z[k], rows, state);
+      if (needs[k].infinite) find_nan(tiles.z[k], rows, state);
+      if (begin % kSplit == 0) start_piece(state);
+      sum_rows<O>(job, tiles.z[k], rows, state);
+    }
+  });
+  for (int k = 0; k < tiles.count; k++) conclude(job, tiles.at[k], tiles.state[k]);
+  if (job.kind == kLogSumExp) return write_sums<O>(job, tiles);
+  each_part([&](int64_t begin, int64_t rows) {
+    if (!whole) load_tiles(job, tiles, begin, rows);
+    for (int k = 0; !whole && k < tiles.count; k++) {
+      if (needs[k].shift) shift_rows(tiles.z[k], rows, tiles.state[k]);
+      State again = tiles.state[k];
+      if (job.kind == kSoftmax) sum_rows<O>(job, tiles.z[k], rows, again);
+    }
+    write_tiles<O>(job, tiles, begin, rows);
+  });
+}
+
+}  // namespace
+
+void softmax_columns(const Softmax& job, int64_t outer, int64_t first, int count, float* scratch) {
+  Tiles tiles{};
+  for (int64_t at = first; tiles.count < count && at < job.inner; at += kWidth) {
+    const int k = tiles.count++;
+    const int64_t rows = job.n < kColumnRows ? job.n : kColumnRows;
+    tiles.at[k] = {outer, at, int(job.inner - at < kWidth ? job.inner - at : kWidth)};
+    tiles.z[k] = scratch + k * (rows * kWidth + kSlack);
+    for (float& m : tiles.state[k].most) m = kMinusInfinity;
+  }
+  if (job.out_dtype == kF32) return columns_of<float>(job, tiles);
+  if (job.out_dtype == kBF16) return columns_of<bf16>(job, tiles);
+  return columns_of<f16>(job, tiles);
+}
+
+}  // namespace pk::cpu::PK_ISA

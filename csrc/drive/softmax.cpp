@@ -1,0 +1,192 @@
+#include "softmax.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "isa.h"
+#include "process.h"
+
+namespace pk {
+namespace {
+
+using cpu::Answer;
+using cpu::kSplit;
+using cpu::RowSum;
+using cpu::Softmax;
+using cpu::SoftmaxBackward;
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Floats for every thread, on lines of their own.
+class FloatsPerThread {
+ public:
+  FloatsPerThread(int64_t threads, int64_t floats)
+      : each_((floats + 15) / 16 * 16), memory_(size_t(threads * each_) * sizeof(float)) {}
+  float* of(int slot) const { return reinterpret_cast<float*>(memory_.data()) + slot * each_; }
+
+ private:
+  int64_t each_;
+  Scratch memory_;
+};
+
+/// Blocks of columns, one to a thread at a time.
+template <class Work>
+void over_columns(int64_t outer, int64_t inner, int64_t width, int64_t floats, int threads, Work&& work) {
+  const int64_t blocks = ceil_divide(inner, width);
+  const FloatsPerThread scratch(std::min<int64_t>(threads, outer * blocks), floats);
+  parallel_chunks(outer * blocks, threads,
+                  [&](int64_t c, int slot) { work(c / blocks, c % blocks * width, scratch.of(slot)); });
+}
+
+/// Rows, a batch of short ones to a thread at a time.
+template <class Work>
+void over_rows(int64_t rows, int64_t n, int threads, Work&& work) {
+  const int64_t batch = std::max<int64_t>(1, cpu::kRowBatch / std::max<int64_t>(n, 1));
+  parallel_chunks(ceil_divide(rows, batch), threads,
+                  [&](int64_t c, int slot) { work(c * batch, std::min(rows, (c + 1) * batch), slot); });
+}
+
+/// Long rows: a thread each where there are enough of them, else one after another, each by all threads.
+template <class Work>
+void over_long_rows(int64_t rows, int threads, Work&& work) {
+  if (rows >= 4 * int64_t(threads))
+    parallel_chunks(rows, threads, [&](int64_t row, int) { work(row, 1); });
+  else
+    for (int64_t row = 0; row < rows; row++) work(row, threads);
+}
+
+/// Calls work(piece, begin, end) for the fixed pieces of a row of n elements.
+template <class Work>
+void over_pieces(int64_t n, int threads, Work&& work) {
+  parallel_chunks(ceil_divide(n, kSplit), threads,
+                  [&](int64_t c, int) { work(c, c * kSplit, std::min(n, (c + 1) * kSplit)); });
+}
+
+class LongRow {
+ public:
+  LongRow(const Softmax& job, int64_t row, int threads)
+      : job_(job), row_(row), threads_(threads), sums_(size_t(ceil_divide(job.n, kSplit))) {
+    if (job.sink) sink_ = job.sink[row * job.sink_stride[0]];
+  }
+
+  void run() {
+    add_up();
+    const Answer answer = needs_maximum() ? from_maximum() : conclude();
+    if (job_.kind == cpu::kLogSumExp) return kernels().softmax_write(job_, row_, 0, 0, shift_, answer);
+    over_pieces(job_.n, threads_, [&](int64_t, int64_t begin, int64_t end) {
+      kernels().softmax_write(job_, row_, begin, end, shift_, answer);
+    });
+  }
+
+ private:
+  void add_up() {
+    over_pieces(job_.n, threads_, [&](int64_t c, int64_t begin, int64_t end) {
+      sums_[size_t(c)] = kernels().softmax_sum(job_, row_, begin, end, shift_);
+    });
+  }
+  Answer conclude() const {
+    return kernels().softmax_answer(job_, row_, sums_.data(), int64_t(sums_.size()), shift_);
+  }
+
+  /// Whether some z or the sink is beyond what the exponentials take, or nothing is within.
+  bool needs_maximum() const {
+    bool raised = std::abs(sink_) < kLargest, bad = sink_ >= kLargest;
+    for (const RowSum& s : sums_) {
+      raised |= s.raised;
+      bad |= s.bad;
+    }
+    return bad || !raised;
+  }
+
+  /// The rare rows: shifted by their maximum, which is exact where it matters, since numbers of 1e6 or more
+  /// are multiples of 1/16.
+  Answer from_maximum() {
+    std::vector<cpu::RowScan> found(sums_.size());
+    over_pieces(job_.n, threads_, [&](int64_t c, int64_t begin, int64_t end) {
+      found[size_t(c)] = kernels().softmax_scan(job_, row_, begin, end);
+    });
+    float most = -std::numeric_limits<float>::infinity();
+    bool nan = std::isnan(sink_);
+    if (!nan) most = sink_;
+    for (const cpu::RowScan& s : found) {
+      most = std::max(most, s.largest);
+      nan |= s.nan;
+    }
+    if (std::isinf(most)) return kernels().softmax_infinite(job_, most, nan);
+    shift_ = most;
+    add_up();
+    return conclude();
+  }
+
+  static constexpr float kLargest = 1e6f;
+  const Softmax& job_;
+  const int64_t row_;
+  const int threads_;
+  std::vector<RowSum> sums_;
+  float sink_ = -std::numeric_limits<float>::infinity();
+  float shift_ = 0;
+};
+
+void softmax_of_columns(const Softmax& job, int threads) {
+  const int64_t all = job.n * job.inner;
+  if (job.inner < cpu::kFewColumns && all <= cpu::kCachedFloats) {
+    const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), 2 * all + job.n + 3 * cpu::kSlack);
+    return over_rows(job.outer, all, threads, [&](int64_t begin, int64_t end, int slot) {
+      for (int64_t outer = begin; outer < end; outer++)
+        kernels().softmax_few_columns(job, outer, scratch.of(slot));
+    });
+  }
+  const int64_t rows = std::max<int64_t>(1, std::min(job.n, cpu::kColumnRows));
+  const int64_t tiles =
+      std::min({cpu::kColumnTiles, cpu::kColumnRows / rows, ceil_divide(job.inner, cpu::kColumns)});
+  over_columns(job.outer, job.inner, tiles * cpu::kColumns, tiles * (rows * cpu::kColumns + cpu::kSlack),
+               threads, [&](int64_t outer, int64_t first, float* scratch) {
+                 kernels().softmax_columns(job, outer, first, int(tiles), scratch);
+               });
+}
+
+}  // namespace
+
+void softmax(const Softmax& job, int threads) {
+  if (job.outer * job.inner == 0 || (job.n == 0 && job.kind != cpu::kLogSumExp)) return;
+  if (job.inner > 1) return softmax_of_columns(job, threads);
+  if (job.n > (job.out_dtype == kF32 ? cpu::kCachedFloats : cpu::kCachedHalves))
+    return over_long_rows(job.outer, threads, [&](int64_t row, int some) { LongRow(job, row, some).run(); });
+  const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), job.n + cpu::kSlack);
+  over_rows(job.outer, job.n, threads, [&](int64_t begin, int64_t end, int slot) {
+    kernels().softmax_rows(job, begin, end, scratch.of(slot));
+  });
+}
+
+void softmax_backward(const SoftmaxBackward& job, int threads) {
+  if (job.outer * job.n * job.inner == 0) return;
+  if (job.inner > 1) {
+    const int64_t floats = 2 * (cpu::kColumnRows * cpu::kColumns + cpu::kSlack);
+    return over_columns(job.outer, job.inner, cpu::kColumns, floats, threads,
+                        [&](int64_t outer, int64_t first, float* scratch) {
+                          kernels().softmax_backward_columns(job, outer, first, scratch);
+                        });
+  }
+  const auto whole_row = [&](int64_t row, int some) {
+    std::vector<double> sums(size_t(ceil_divide(job.n, kSplit)));
+    over_pieces(job.n, some, [&](int64_t c, int64_t begin, int64_t end) {
+      sums[size_t(c)] = kernels().softmax_backward_sum(job, row, begin, end);
+    });
+    double total = 0;
+    for (double s : sums) total += s;
+    over_pieces(job.n, some, [&](int64_t, int64_t begin, int64_t end) {
+      kernels().softmax_backward_write(job, row, begin, end, float(total));
+    });
+  };
+  if (job.n > kSplit) return over_long_rows(job.outer, threads, whole_row);
+  over_rows(job.outer, job.n, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; row++) {
+      const double sum = kernels().softmax_backward_sum(job, row, 0, job.n);
+      kernels().softmax_backward_write(job, row, 0, job.n, float(sum));
+    }
+  });
+}
+
+}  // namespace pk
