@@ -63,8 +63,8 @@ struct Answer {
   float log_sum;
 };
 
-// Which form runs depends on the length of a row and on dtypes alone, and no bit of a result on the form: the
-// figures are those of specs of caches, measured with bench (softmax rows), and cost speed only.
+// Which form runs depends on the length of a row and on dtypes alone, and no bit of a result on the form:
+// these constants cost or save time only.
 constexpr int64_t kCachedFloats = 65536;   // a row and its result stay in half of the second-level cache
 constexpr int64_t kCachedHalves = 131072;  // so do a 16-bit row and its exponentials as floats
 constexpr int64_t kSplit = 65536;          // elements of a longer row that a thread takes at a time
