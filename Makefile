@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/emulated
-	$(BIN)/pytest --import-mode=importlib tests
+	$(BIN)/pytest --import-mode=importlib -n 2 tests
 
 sanitize: .venv/emulated
 	.ci/sanitize

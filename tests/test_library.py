@@ -99,7 +99,8 @@ def test_opcheck(dtype):
         torch.library.opcheck(overload, arguments, options)
         checked.add(str(overload))
     every = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pykernels::")]
-    names = {name.replace("::", ".") for name in every}
+    # Those of softmax have their own: tests/test_softmax_gradient.py.
+    names = {name.replace("::", ".") for name in every if "softmax" not in name and "logsumexp" not in name}
     assert checked == {name if name.count(".") == 2 else f"{name}.default" for name in names}
 
 
