@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pykernels.ops.linear_merge import linear_merge as linear_merge
     from pykernels.ops.log_softmax import log_softmax as log_softmax
     from pykernels.ops.logsumexp import logsumexp as logsumexp
+    from pykernels.ops.lora import LoRA as LoRA
     from pykernels.ops.softmax import softmax as softmax
     from pykernels.ops.task_arithmetic import task_arithmetic as task_arithmetic
     from pykernels.ops.ties_merge import ties_merge as ties_merge
@@ -29,6 +30,7 @@ _HOMES = {
     "merge_state_dicts": "pykernels.engine.run",
     "verify": "pykernels.engine.verify",
     "use_backend": "pykernels.backends",
+    "LoRA": "pykernels.ops.lora",
     **{
         op: f"pykernels.ops.{op}"
         for op in (
