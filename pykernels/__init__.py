@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pykernels.ops.log_softmax import log_softmax as log_softmax
     from pykernels.ops.logsumexp import logsumexp as logsumexp
     from pykernels.ops.lora import LoRA as LoRA
+    from pykernels.ops.merge_lora import merge_lora as merge_lora
     from pykernels.ops.softmax import softmax as softmax
     from pykernels.ops.task_arithmetic import task_arithmetic as task_arithmetic
     from pykernels.ops.ties_merge import ties_merge as ties_merge
@@ -41,6 +42,7 @@ _HOMES = {
             "linear_merge",
             "log_softmax",
             "logsumexp",
+            "merge_lora",
             "softmax",
             "task_arithmetic",
             "ties_merge",
