@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pykernels.engine.run import merge as merge
     from pykernels.engine.run import merge_state_dicts as merge_state_dicts
     from pykernels.engine.verify import verify as verify
+    from pykernels.ops.compose_lora import compose_lora as compose_lora
     from pykernels.ops.dare_merge import dare_merge as dare_merge
     from pykernels.ops.drop_rescale import drop_rescale as drop_rescale
     from pykernels.ops.elect_sign import elect_sign as elect_sign
@@ -35,6 +36,7 @@ _HOMES = {
     **{
         op: f"pykernels.ops.{op}"
         for op in (
+            "compose_lora",
             "dare_merge",
             "drop_rescale",
             "elect_sign",

@@ -52,7 +52,10 @@ TABLE: dict[str, dict[str, str]] = {
 }
 CPU_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
 TABLE |= {op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in CPU_ROWS}
-TABLE["merge_lora"] = {"ref": "pykernels.ref.merge_lora:merge_lora"}
+TABLE["merge_lora"] = {
+    "cpu": "pykernels.native_lora:merge_lora",
+    "ref": "pykernels.ref.merge_lora:merge_lora",
+}
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
 _HUGE = 1 << 20

@@ -34,8 +34,8 @@ FLOORS = (
     ("ops",),
     ("library",),
     ("backends",),
-    ("native", "cuda", "kernels", "check", "ref"),
-    ("rows",),
+    ("native", "native_lora", "cuda", "kernels", "check", "check_lora", "ref"),
+    ("rows", "low_rank"),
     ("_C", "_cuda", "cut", "grouping"),
 )
 """From the top down; a module may import from its own floor and those below. "engine": the rest of it."""

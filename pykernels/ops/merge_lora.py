@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.compiler import is_compiling
 
-from pykernels import backends, check, library
+from pykernels import backends, check, check_lora, library
 from pykernels.ops.lora import LoRA
 from pykernels.ops.merge_lora_peft import merge_as_peft
 
@@ -52,7 +52,7 @@ def merge_lora(
     given = list(adapters) if isinstance(adapters, Sequence) else []
     if library.needed(weight, *(t for a in given for t in tensors_of(a))):
         if not is_compiling():
-            check.adapters(OP, weight, adapters, fan_in_fan_out)
+            check_lora.adapters(OP, weight, adapters, fan_in_fan_out)
         if _learned(weight, given):
             check.no_out(OP, out)
         rules = {"fan_in_fan_out": fan_in_fan_out, "rounding": rounding}
@@ -107,12 +107,12 @@ def _merge(
     out: torch.Tensor | None,
     rounding: str,
 ) -> torch.Tensor:
-    scaling = check.adapters(OP, weight, adapters, fan_in_fan_out)
+    scaling = check_lora.adapters(OP, weight, adapters, fan_in_fan_out)
     check.choice(OP, "rounding", rounding, ROUNDINGS)
     out = backends.output(OP, out, weight.dtype if rounding == "peft" else None, weight, [weight])
     for i, adapter in enumerate(adapters):
         for name in ("A", "B", "magnitude"):
-            check.apart(OP, out, f"adapters[{i}].{name}", getattr(adapter, name))
+            check_lora.apart(OP, out, f"adapters[{i}].{name}", getattr(adapter, name))
     A, B, magnitude = [a.A for a in adapters], [a.B for a in adapters], [a.magnitude for a in adapters]
     if weight.numel():
         run = merge_as_peft if rounding == "peft" else backends.call(OP, weight)
@@ -147,7 +147,7 @@ def _fake(
     rounding: str,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    check.adapters(OP, weight, _joined(A, B, scaling, magnitude, dora), fan_in_fan_out)
+    check_lora.adapters(OP, weight, _joined(A, B, scaling, magnitude, dora), fan_in_fan_out)
     check.choice(OP, "rounding", rounding, ROUNDINGS)
     return library.empty(OP, weight, weight.dtype if rounding == "peft" else None, out)
 

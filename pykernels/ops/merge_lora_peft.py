@@ -2,8 +2,8 @@
 
 What PEFT 0.21.2 does in ``tuners/lora/layer.py`` (``get_delta_weight``, ``merge``) and ``variants.py``: a
 delta is multiplied in float32 where the factors are halves on a CPU and rounded to their dtype, and the
-weight is rounded after every adapter. For a DoRA adapter it takes all adapters before out of the weight again,
-rounding each time, to get at the weight that the norm is of, and puts them back.
+weight is rounded after every adapter. For a DoRA adapter it takes all adapters before out of the weight
+again, rounding each time, to get at the weight that the norm is of, and puts them back.
 """
 
 from __future__ import annotations
