@@ -24,10 +24,12 @@ MODULES = [
 
 FLOORS = (
     ("cli",),
+    ("console", "lora_commands"),
     ("terminal",),
     ("__init__",),
     ("engine.run",),
     ("engine.verify", "engine.plan", "engine"),
+    ("adapters",),
     ("engine.files", "engine.header", "engine.index", "engine.shard", "engine.strict_json"),
     ("engine.recipe", "engine.settings", "engine.strict_yaml", "engine.sizes", "engine.collector"),
     ("methods",),

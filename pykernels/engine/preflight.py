@@ -74,7 +74,9 @@ def check_equal(plan: Plan, inputs: Inputs) -> None:
 
 
 def _model(plan: Plan, source: Source) -> str:
-    return shown(plan.models[source.model].name)
+    """The model that a tensor is of, or the adapter that came with it."""
+    model = plan.models[source.model]
+    return shown(next((a for a in model.adapters if str(Path(source.file).parent) == a), model.name))
 
 
 def _difference(inputs: Inputs, one: Source, other: Source) -> str:

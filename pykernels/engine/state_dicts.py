@@ -56,6 +56,8 @@ def merge_state_dicts(
         )
         raise ValueError(f"merge_state_dicts: {method} {rule}")
     _check_models(base, tuned)
+    if row.max_models is not None and len(tuned) > row.max_models:
+        raise ValueError(f"merge_state_dicts: {method} takes {row.max_models} model, got {len(tuned)}")
     check.seed(OP, seed)
     p = _parameters(row, len(tuned), parameters)
     models = [base, *tuned] if base is not None else list(tuned)

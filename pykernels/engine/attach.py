@@ -1,0 +1,136 @@
+"""Adapters attached to a model of a merge: tensors keep their bytes, and say what changes them when read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pykernels.adapters.change import ADD, REPLACE, ROWS, Change
+from pykernels.adapters.checkpoint import Adapter, open_adapter
+from pykernels.adapters.resolve import Base, Resolved, resolve
+from pykernels.engine.files import FileError, shown
+from pykernels.engine.matching import EMBEDDINGS, HEADS, Model
+
+
+def attach(
+    model: Model,
+    adapters: Sequence[tuple[str, float]],
+    *,
+    rounding: str = "once",
+    allow_download: bool = False,
+) -> Model:
+    """``model`` with ``adapters`` (name or directory, weight) merged into it, in their order.
+
+    Raises FileError for whatever cannot be merged, naming file, tensor, rule and value.
+    """
+    if "quantization_config" in model.config:
+        raise FileError(
+            f"{shown(model.checkpoint.path, 300)}: its config has a quantization_config; adapters are "
+            "merged into float tensors, dequantise the base first"
+        )
+    opened = [open_adapter(name, allow_download=allow_download) for name, _ in adapters]
+    tied = _tied(model)
+    base = Base(model.name, model.checkpoint.tensors, str(model.config.get("model_type", "")), tied)
+    found = [resolve(a, i, adapters[i][1], base) for i, a in enumerate(opened)]
+    joined = _join(opened, found)
+    _tie(model, opened, joined)
+    tensors = {**model.checkpoint.tensors, **{n: replace(t, name=n) for n, t in joined.untied.items()}}
+    files = {**model.checkpoint.files, **{a.file: a.identity for a in opened}}
+    config = {**model.config, "tie_word_embeddings": False} if joined.untied else model.config
+    return replace(
+        model,
+        checkpoint=replace(model.checkpoint, tensors=tensors, files=files),
+        config=config,
+        changes={name: tuple(changes) for name, changes in joined.changes.items()},
+        rounding=rounding,
+        adapters=tuple(str(a.path) for a in opened),
+        modules=tuple(f.modules for f in found),
+        same=tuple(joined.same),
+        untied=bool(joined.untied),
+        said=tuple(joined.notes),
+    )
+
+
+def _join(adapters: Sequence[Adapter], found: Sequence[Resolved]) -> Resolved:
+    """One list of steps per tensor. Raises FileError where two adapters do what excludes the other's."""
+    joined = Resolved()
+    for number, one in enumerate(found):
+        for name, changes in one.changes.items():
+            _check_conflict(adapters, joined, one, name, number)
+            for change in changes:
+                first = _first_copy(joined, name) if change.kind == REPLACE else None
+                if first is not None:
+                    joined.same.append((first.tensors[0], change.tensors[0]))
+                elif change.kind == REPLACE:
+                    joined.changes.setdefault(name, []).insert(0, change)  # what all others are added to
+                else:
+                    joined.add(name, change)
+        joined.copies |= one.copies
+        joined.same += one.same
+        joined.notes += one.notes
+        for name, info in one.untied.items():
+            if name in joined.untied:
+                joined.same.append((joined.untied[name], info))
+            joined.untied.setdefault(name, info)
+    return joined
+
+
+def _first_copy(joined: Resolved, name: str) -> Change | None:
+    return next((c for c in joined.changes.get(name, []) if c.kind == REPLACE), None)
+
+
+def _check_conflict(
+    adapters: Sequence[Adapter], joined: Resolved, one: Resolved, name: str, number: int
+) -> None:
+    before = joined.changes.get(name, [])
+    if not before:
+        return
+    who = f"{shown(adapters[before[0].adapter].name)} and {shown(adapters[number].name)}"
+    after = one.changes[name]
+    copies = name in joined.copies, name in one.copies
+    if any(copies) and not (all(copies) and len(before) == len(after) == 1):
+        raise FileError(
+            f"{who}: tensor {shown(name)}: one replaces what the other changes; merge one of them"
+        )
+    norms = {c.transposed for c in (*before, *after) if c.kind == ADD and len(c.tensors) > 2}
+    if len(norms) > 1:
+        raise FileError(f"{who}: tensor {shown(name)}: magnitudes of rows and of columns; merge one of them")
+    rows = [{row for c in changes if c.kind == ROWS for row in c.index} for changes in (before, after)]
+    if twice := rows[0] & rows[1]:
+        raise FileError(f"{who}: tensor {shown(name)}: both overwrite row {min(twice)}; merge one of them")
+
+
+def _tied(model: Model) -> dict[str, str]:
+    """Names of heads that are the one stored embedding."""
+    if not model.ties:
+        return {}
+    names = model.checkpoint.tensors
+    stored = [n for n in names if any(f".{n}".endswith(f".{tail}") for tail in EMBEDDINGS)]
+    return dict.fromkeys(HEADS, stored[0]) if len(stored) == 1 else {}
+
+
+def _tie(model: Model, adapters: Sequence[Adapter], joined: Resolved) -> None:
+    """A head that is tied shares the embedding's changes: all of them, or one of two that are the same."""
+    for head, embedding in _tied(model).items():
+        if head in joined.untied:
+            continue
+        both = [*joined.changes.get(embedding, []), *joined.changes.pop(head, [])]
+        if not both:
+            continue
+        kept = [c for c in both if not _is_twin(c, both, adapters)]
+        joined.changes[embedding] = kept
+        if head in model.checkpoint.tensors:
+            joined.changes[head] = kept
+        if any(c.kind in (ADD, ROWS) for c in kept):
+            told = (
+                f"{shown(model.name)} ties its head to {shown(embedding)}: both get what an adapter "
+                "changes of either, as in PEFT's merge, where the adapter itself changed one"
+            )
+            joined.notes = list(dict.fromkeys([*joined.notes, told]))
+
+
+def _is_twin(change: Change, both: Sequence[Change], adapters: Sequence[Adapter]) -> bool:
+    """Whether it is the head's half of an adapter that keeps both tied (ensure_weight_tying)."""
+    if change.kind != ADD or change.transposed or not adapters[change.adapter].config.tied:
+        return False
+    return any(c.kind == ADD and c.transposed and c.adapter == change.adapter for c in both)
