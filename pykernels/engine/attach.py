@@ -33,7 +33,7 @@ def attach(
     base = Base(model.name, model.checkpoint.tensors, str(model.config.get("model_type", "")), tied)
     found = [resolve(a, i, adapters[i][1], base) for i, a in enumerate(opened)]
     joined = _join(opened, found)
-    _tie(model, opened, joined)
+    twins = _tie(model, opened, joined)
     tensors = {**model.checkpoint.tensors, **{n: replace(t, name=n) for n, t in joined.untied.items()}}
     files = {**model.checkpoint.files, **{a.file: a.identity for a in opened}}
     config = {**model.config, "tie_word_embeddings": False} if joined.untied else model.config
@@ -46,6 +46,7 @@ def attach(
         adapters=tuple(str(a.path) for a in opened),
         modules=tuple(f.modules for f in found),
         same=tuple(joined.same),
+        twins=tuple(twins),
         untied=bool(joined.untied),
         said=tuple(joined.notes),
     )
@@ -109,15 +110,21 @@ def _tied(model: Model) -> dict[str, str]:
     return dict.fromkeys(HEADS, stored[0]) if len(stored) == 1 else {}
 
 
-def _tie(model: Model, adapters: Sequence[Adapter], joined: Resolved) -> None:
-    """A head that is tied shares the embedding's changes: all of them, or one of two that are the same."""
+def _tie(model: Model, adapters: Sequence[Adapter], joined: Resolved) -> list[tuple[Change, Change]]:
+    """A head that is tied shares the embedding's changes: all of them, or one of two that are the same.
+
+    Returns those pairs: a head's change that was left out, and the embedding's, which must be its transpose.
+    """
+    left: list[tuple[Change, Change]] = []
     for head, embedding in _tied(model).items():
         if head in joined.untied:
             continue
         both = [*joined.changes.get(embedding, []), *joined.changes.pop(head, [])]
         if not both:
             continue
-        kept = [c for c in both if not _is_twin(c, both, adapters)]
+        twins = {c: twin for c in both if (twin := _twin(c, both, adapters)) is not None}
+        left += twins.items()
+        kept = [c for c in both if c not in twins]
         joined.changes[embedding] = kept
         if head in model.checkpoint.tensors:
             joined.changes[head] = kept
@@ -127,10 +134,12 @@ def _tie(model: Model, adapters: Sequence[Adapter], joined: Resolved) -> None:
                 "changes of either, as in PEFT's merge, where the adapter itself changed one"
             )
             joined.notes = list(dict.fromkeys([*joined.notes, told]))
+    return left
 
 
-def _is_twin(change: Change, both: Sequence[Change], adapters: Sequence[Adapter]) -> bool:
-    """Whether it is the head's half of an adapter that keeps both tied (ensure_weight_tying)."""
+def _twin(change: Change, both: Sequence[Change], adapters: Sequence[Adapter]) -> Change | None:
+    """The embedding's half where ``change`` is the head's, of an adapter that keeps both tied."""
     if change.kind != ADD or change.transposed or not adapters[change.adapter].config.tied:
-        return False
-    return any(c.kind == ADD and c.transposed and c.adapter == change.adapter for c in both)
+        return None
+    halves = (c for c in both if c.kind == ADD and c.transposed and c.adapter == change.adapter)
+    return next(halves, None)

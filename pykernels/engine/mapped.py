@@ -8,6 +8,7 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from threading import Lock
 
@@ -99,6 +100,10 @@ class Inputs:
             return self.adapted.elements(source, first, count, out)
         stored = self._stored(source, first, count)
         return stored if out is None else out.copy_(stored)
+
+    def matrix(self, info: TensorInfo) -> torch.Tensor:
+        """A whole tensor of an adapter, [rows, columns], aliasing the file."""
+        return self._stored(info, 0, prod(info.shape)).view(info.shape[0], -1)
 
     def _stored(self, source: Source | TensorInfo, first: int, count: int) -> torch.Tensor:
         dtype = TORCH_DTYPE[source.dtype]

@@ -43,6 +43,7 @@ class Model:
     adapters: tuple[str, ...] = ()
     modules: tuple[dict[str, int], ...] = ()
     same: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    twins: tuple[tuple[Change, Change], ...] = ()
     untied: bool = False
     said: tuple[str, ...] = ()
 

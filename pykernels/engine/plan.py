@@ -58,6 +58,7 @@ def make_plan(
         dropped=tuple(found.dropped), notes=(*warnings, *found.notes, *differences(recipe, placed)),
         total_read=sum(_read_bytes(s) for o in placed for s in o.sources),
         total_write=sum(s.nbytes for s in shards),
+        twins=tuple(pair for m in models for pair in m.twins),
         config={"tie_word_embeddings": False} if layout.untied else {},
     )  # fmt: skip
 

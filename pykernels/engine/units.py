@@ -146,8 +146,9 @@ class Plan:
 
     ``recipe`` is the recipe with the seed in force; ``base`` and ``config_from`` are indices into ``models``
     (base None: the method reads none). ``config``: keys of config.json that the output needs otherwise.
-    ``same``: pairs that must hold equal bytes before anything is written. ``dropped``: input tensors without
-    an output. ``total_read`` counts every source once, ``total_write`` the shards with their headers.
+    ``same``: pairs that must hold equal bytes before anything is written. ``twins``: a tied head's changes,
+    and those of its embedding that must be their transposes. ``dropped``: input tensors without an output.
+    ``total_read`` counts every source once, ``total_write`` the shards with their headers.
     """
 
     recipe: dict[str, Any]
@@ -166,6 +167,7 @@ class Plan:
     total_read: int
     total_write: int
     config: Mapping[str, Any] = field(default_factory=dict)
+    twins: tuple[tuple[Change, Change], ...] = ()
 
     @property
     def total_size(self) -> int:
@@ -194,7 +196,8 @@ class Plan:
         outputs = tuple(_output(o) for o in d["outputs"])
         shards = tuple(Shard(s["name"], s["nbytes"], tuple(s["tensors"])) for s in d["shards"])
         same = tuple((_source(a), _source(b)) for a, b in d["same"])
-        plain = {"dropped": tuple(d["dropped"]), "notes": tuple(d["notes"])}
+        twins = tuple((Change.of(a), Change.of(b)) for a, b in d.get("twins", ()))
+        plain = {"dropped": tuple(d["dropped"]), "notes": tuple(d["notes"]), "twins": twins}
         return Plan(**{**d, **plain, "models": models, "outputs": outputs, "shards": shards, "same": same})
 
     def rows(self) -> list[tuple[str, ...]]:
