@@ -183,16 +183,16 @@ void softmax_backward(uintptr_t out, int out_dtype, uintptr_t grad, int grad_dty
 }
 
 pk::cpu::MergeLora lora_job(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows,
-                            int64_t cols, uintptr_t left, int64_t rank, bool stream) {
+                            int64_t cols, uintptr_t left, int64_t rank) {
   return {
       at_mutable(out), at(weight), out_dtype, dtype, rows, cols, rank, static_cast<const float*>(at(left)),
-      nullptr,         nullptr,    nullptr,   stream};
+      nullptr,         nullptr,    nullptr};
 }
 
 void merge_lora(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows, int64_t cols,
                 uintptr_t left, uintptr_t right, int64_t rank, uintptr_t scale, bool by_column, int threads) {
   py::gil_scoped_release release;
-  pk::merge_lora(lora_job(out, out_dtype, weight, dtype, rows, cols, left, rank, false),
+  pk::merge_lora(lora_job(out, out_dtype, weight, dtype, rows, cols, left, rank),
                  static_cast<const float*>(at(right)), static_cast<const float*>(at(scale)), by_column,
                  threads);
 }
@@ -200,7 +200,7 @@ void merge_lora(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64
 void lora_squares(uintptr_t sums, uintptr_t weight, int dtype, int64_t rows, int64_t cols, uintptr_t left,
                   uintptr_t right, int64_t rank, bool by_column, int threads) {
   py::gil_scoped_release release;
-  pk::lora_squares(lora_job(0, pk::kF32, weight, dtype, rows, cols, left, rank, false),
+  pk::lora_squares(lora_job(0, pk::kF32, weight, dtype, rows, cols, left, rank),
                    static_cast<const float*>(at(right)), by_column, static_cast<double*>(at_mutable(sums)),
                    threads);
 }

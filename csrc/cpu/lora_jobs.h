@@ -15,7 +15,6 @@ struct MergeLora {
   const float* panels;        // right, as pack_panels leaves it
   const float* row_scale;     // [rows]; null: 1
   const float* column_scale;  // as pack_panels leaves a right of one row; null: 1
-  bool stream;                // non-temporal stores
 };
 
 constexpr int64_t kLoraRows = 96;        // rows that a thread takes at a time: a multiple of every tile's

@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // as many sums as there are registers, less three
 constexpr int64_t kPanel = kGroup;                // columns of a panel of right
+constexpr int64_t kOneRun = 64, kRun = 32;        // ranks: up to the first at once, else by the second
+constexpr int64_t kAhead = 2;  // panels: what a tile will add to is asked for early, as so many short streams
+                               // are not foreseen
 static_assert(kLoraRows % kTileRows == 0 && kSquareRows % kTileRows == 0, "tiles must fill a thread's rows");
 
 /// Where one tile of a job is read and written: elements `at` of the weight and `to` of out, rows apart by
@@ -23,22 +26,40 @@ struct Place {
   int64_t to, to_step;
 };
 
-/// One tile of R rows and one panel: the products in float32, in the order of the ranks, from 0; then the
-/// weight is added and the sum rounded.
-template <class T, int R>
-PK_IN void tile(const MergeLora& job, int64_t row, const float* panel, const float* column_scale,
-                const Place& p) {
-  F sum[R][2];
+/// `count` ranks of left @ right of one tile, in their order, from 0.
+template <int R>
+PK_IN void run(const float* left, int64_t step, const float* panel, int64_t count, F (&sum)[R][2]) {
   for (int i = 0; i < R; i++) sum[i][0] = sum[i][1] = F::of(0);
-  const float* left = job.left + row * job.rank;
-  for (int64_t k = 0; k < job.rank; k++, panel += kPanel) {
+  for (int64_t k = 0; k < count; k++, panel += kPanel) {
     const F a = load_floats(panel), b = load_floats(panel + kLanes);
     for (int i = 0; i < R; i++) {
-      const F x = broadcast(left[i * job.rank + k]);
+      const F x = broadcast(left[i * step + k]);
       sum[i][0] = fma(x, a, sum[i][0]);
       sum[i][1] = fma(x, b, sum[i][1]);
     }
   }
+}
+
+/// left @ right of one tile in float32: the ranks in their order, from 0; many of them in runs, which are
+/// added up in theirs, so that the error does not grow with the number of adapters.
+template <int R>
+PK_IN void multiply(const MergeLora& job, const float* left, const float* panel, F (&sum)[R][2]) {
+  const int64_t step = job.rank <= kOneRun ? job.rank : kRun;
+  run<R>(left, job.rank, panel, step, sum);
+  for (int64_t k = step; k < job.rank; k += step) {
+    F more[R][2];
+    run<R>(left + k, job.rank, panel + k * kPanel, std::min(step, job.rank - k), more);
+    for (int i = 0; i < R; i++)
+      for (int h = 0; h < 2; h++) sum[i][h] = sum[i][h] + more[i][h];
+  }
+}
+
+/// One tile of R rows and one panel: the weight is added to the products and the sum rounded, once.
+template <class T, int R>
+PK_IN void tile(const MergeLora& job, int64_t row, const float* panel, const float* column_scale,
+                const Place& p) {
+  F sum[R][2];
+  multiply<R>(job, job.left + row * job.rank, panel, sum);
   const T* weight = static_cast<const T*>(p.weight) + p.at;
   for (int i = 0; i < R; i++) {
     const Pair w = load(weight + i * p.step);
@@ -52,7 +73,7 @@ PK_IN void tile(const MergeLora& job, int64_t row, const float* panel, const flo
     } else {
       y = {w.a + sum[i][0], w.b + sum[i][1]};
     }
-    put_as<T>(job.out_dtype, p.out, p.to + i * p.to_step, y, job.stream);
+    put_as<T>(job.out_dtype, p.out, p.to + i * p.to_step, y, false);
   }
 }
 
@@ -66,9 +87,7 @@ void ragged_tile(const MergeLora& job, int64_t row, const float* panel, const fl
   for (int i = 0; i < R; i++)
     memcpy(static_cast<void*>(in[i]), static_cast<const T*>(p.weight) + p.at + i * p.step,
            size_t(width) * sizeof(T));
-  MergeLora whole = job;
-  whole.stream = false;
-  tile<T, R>(whole, row, panel, column_scale, {in, 0, kPanel, out, 0, kPanel});
+  tile<T, R>(job, row, panel, column_scale, {in, 0, kPanel, out, 0, kPanel});
   for (int i = 0; i < R; i++)
     memcpy(static_cast<char*>(p.out) + (p.to + i * p.to_step) * size,
            reinterpret_cast<const char*>(out) + i * kPanel * size, size_t(width * size));
@@ -78,6 +97,9 @@ void ragged_tile(const MergeLora& job, int64_t row, const float* panel, const fl
 template <class T, int R>
 void strip(const MergeLora& job, int64_t row, int64_t first, int64_t last, Place p) {
   for (int64_t c = first; c < last; c += kPanel, p.at += kPanel, p.to += kPanel) {
+    if (last - c > kAhead * kPanel)
+      for (int i = 0; i < R; i++)
+        __builtin_prefetch(static_cast<const T*>(p.weight) + p.at + i * p.step + kAhead * kPanel);
     const float* panel = job.panels + c * job.rank;
     const float* scale = job.column_scale ? job.column_scale + c : nullptr;
     if (last - c >= kPanel)
@@ -133,7 +155,6 @@ void merge_lora(const MergeLora& job, int64_t begin, int64_t end) {
   const int64_t step = columns_at_once(job.rank, kBlock);
   for (int64_t first = 0; first < job.cols; first += step)
     block_of_any(job, begin, end, first, std::min(job.cols, first + step), nullptr);
-  if (job.stream) fence();
 }
 
 /// Squares of the rows' (columns': of this stretch's columns') elements of weight + left @ right, in float64:

@@ -65,7 +65,7 @@ def compose_lora(
             return _linear(adapters, share)
         if method in DENSE:
             deltas = [_wide(a.B) @ (_wide(a.A) * s) for a, s in zip(adapters, scaling, strict=True)]
-            return _like(adapters, *truncate(_merged(method, deltas, given, kept, drawn), to))
+            return _like(adapters, *truncate(merged_delta(method, deltas, given, kept, drawn), to))
         A = torch.cat([a.A.double() * c for a, c in zip(adapters, share, strict=True)])
         B = torch.cat([a.B for a in adapters], 1)
         if method == "cat":
@@ -117,10 +117,10 @@ def _seed(method: str, seed: int | None) -> int:
     return 0
 
 
-def _merged(
+def merged_delta(
     method: str, deltas: list[torch.Tensor], weights: list[float], density: float, seed: int
 ) -> torch.Tensor:
-    """The merge method on dense deltas."""
+    """The merge method of DENSE on deltas [out, in] in float32."""
     if method == "ties":
         return ties_merge(None, deltas, density=density, weight=weights, elect="plain", normalize="count")
     if method == "magnitude_prune":

@@ -78,20 +78,24 @@ def _learned(weight: torch.Tensor, adapters: Sequence[LoRA]) -> bool:
     return any(map(library.wants_gradient, named.values()))
 
 
-Split: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor], list[float], list[torch.Tensor], list[int]]
+Split: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, list[torch.Tensor], list[int]]
 
 
 def _split(adapters: Sequence[LoRA]) -> Split:
-    """A, B, scaling, and the magnitudes with their adapters' numbers: what a schema can say."""
+    """A, B, scaling, and the magnitudes with their adapters' numbers: what a schema can say.
+
+    The scalings are a tensor [n], float64: a list of numbers would be compiled in, each time anew.
+    """
     dora = [i for i, a in enumerate(adapters) if a.magnitude is not None]
     magnitude = [a.magnitude for a in adapters if a.magnitude is not None]
-    return [a.A for a in adapters], [a.B for a in adapters], [a.scaling for a in adapters], magnitude, dora
+    scaling = torch.tensor([a.scaling for a in adapters], dtype=torch.float64, device="cpu")
+    return [a.A for a in adapters], [a.B for a in adapters], scaling, magnitude, dora
 
 
 def _joined(
     A: list[torch.Tensor],
     B: list[torch.Tensor],
-    scaling: list[float],
+    scaling: Sequence[float],
     magnitude: list[torch.Tensor],
     dora: list[int],
 ) -> list[LoRA]:
@@ -124,7 +128,7 @@ def _run(
     weight: torch.Tensor,
     A: list[torch.Tensor],
     B: list[torch.Tensor],
-    scaling: list[float],
+    scaling: torch.Tensor,
     magnitude: list[torch.Tensor],
     dora: list[int],
     *,
@@ -132,14 +136,14 @@ def _run(
     rounding: str,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _merge(weight, _joined(A, B, scaling, magnitude, dora), fan_in_fan_out, out, rounding)
+    return _merge(weight, _joined(A, B, scaling.tolist(), magnitude, dora), fan_in_fan_out, out, rounding)
 
 
 def _fake(
     weight: torch.Tensor,
     A: list[torch.Tensor],
     B: list[torch.Tensor],
-    scaling: list[float],
+    scaling: torch.Tensor,
     magnitude: list[torch.Tensor],
     dora: list[int],
     *,
@@ -147,33 +151,34 @@ def _fake(
     rounding: str,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    check_lora.adapters(OP, weight, _joined(A, B, scaling, magnitude, dora), fan_in_fan_out)
+    shaped = _joined(A, B, [1.0] * len(A), magnitude, dora)  # their values are seen at the call
+    check_lora.adapters(OP, weight, shaped, fan_in_fan_out)
     check.choice(OP, "rounding", rounding, ROUNDINGS)
     return library.empty(OP, weight, weight.dtype if rounding == "peft" else None, out)
 
 
 def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     _, A, B, scaling, _, _ = inputs
-    ctx.save_for_backward(*A, *B)
-    ctx.scaling, ctx.fan_in_fan_out = scaling, keyword_only_inputs["fan_in_fan_out"]
+    ctx.save_for_backward(scaling, *A, *B)
+    ctx.fan_in_fan_out = keyword_only_inputs["fan_in_fan_out"]
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     """With G the gradient [out, in]: G itself, s * B.T @ G and s * G @ A.T."""
-    saved, s = ctx.saved_tensors, ctx.scaling
-    by_A: list[torch.Tensor | None] = [None] * len(s)
-    by_B: list[torch.Tensor | None] = [None] * len(s)
+    scaling, *factors = ctx.saved_tensors
+    count = len(factors) // 2
     g = grad.t() if ctx.fan_in_fan_out else grad
-    for i, (a, b) in enumerate(zip(saved[: len(s)], saved[len(s) :], strict=True)):
-        wide = g if g.dtype == torch.float64 else g.float()
-        by_A[i] = (s[i] * (b.to(wide.dtype).t() @ wide)).to(a.dtype)
-        by_B[i] = (s[i] * (wide @ a.to(wide.dtype).t())).to(b.dtype)
+    wide = g if g.dtype == torch.float64 else g.float()
+    by_A, by_B = [], []
+    for a, b, s in zip(factors[:count], factors[count:], scaling.unbind(), strict=True):
+        by_A.append((s * (b.to(wide.dtype).t() @ wide)).to(a.dtype))
+        by_B.append((s * (wide @ a.to(wide.dtype).t())).to(b.dtype))
     return grad, by_A, by_B, None, [], []  # no magnitude where a gradient is asked for
 
 
 library.define(
     OP,
-    "Tensor weight, Tensor[] A, Tensor[] B, float[] scaling, Tensor[] magnitude, int[] dora, *, "
+    "Tensor weight, Tensor[] A, Tensor[] B, Tensor scaling, Tensor[] magnitude, int[] dora, *, "
     "bool fan_in_fan_out, str rounding",
     _run,
     _fake,
