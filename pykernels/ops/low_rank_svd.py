@@ -13,13 +13,26 @@ def truncate_product(B: torch.Tensor, A: torch.Tensor, rank: int) -> tuple[torch
     """B [out, R] @ A [R, in] -> factors (A' [rank, in], B' [out, rank]) of the nearest matrix of that rank.
 
     Through QR of the factors and an SVD of R x R (Halko et al., 2011, section 5.2), never the dense product.
+    The orthogonal factors stay reflections, applied to ``rank`` columns: half the work of forming them.
     """
-    q_b, r_b = torch.linalg.qr(B)
-    q_a, r_a = torch.linalg.qr(A.t())
-    u, s, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
-    u, s, v = u[:, :rank], s[:rank], v[:rank]
-    root = s.sqrt()
-    return _padded((root[:, None] * v) @ q_a.t(), q_b @ (u * root), rank)
+    left, right = Reflections(B), Reflections(A.t())
+    u, s, v = torch.linalg.svd(left.r @ right.r.t(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return _padded(right.times(v[:rank].t() * root).t(), left.times(u[:, :rank] * root), rank)
+
+
+class Reflections:
+    """QR of a matrix [m, n]: r [min(m, n), n], and q as LAPACK leaves it."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        factored, self._tau = torch.geqrf(matrix)
+        self._q = factored[:, : len(self._tau)]
+        self.r = factored[: len(self._tau)].triu()
+
+    def times(self, columns: torch.Tensor) -> torch.Tensor:
+        """q @ columns [min(m, n), k]."""
+        below = len(self._q) - len(columns)
+        return torch.ormqr(self._q, self._tau, torch.nn.functional.pad(columns, (0, 0, 0, below)))
 
 
 def truncate(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
