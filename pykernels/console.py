@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+DOWNLOAD = click.option(
+    "--allow-download", is_flag=True, help="Fetch models the Hugging Face cache does not hold."
+)
+
+
 def planning(command: Command) -> Command:
     """The options of everything that makes a plan."""
     for option in (
-        click.option(
-            "--allow-download", is_flag=True, help="Fetch models the Hugging Face cache does not hold."
-        ),
+        DOWNLOAD,
         click.option("--shard-size", default="5GB", show_default=True, help="Largest output file."),
     ):
         command = option(command)

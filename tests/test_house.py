@@ -27,7 +27,7 @@ FLOORS = (
     ("console", "lora_commands"),
     ("terminal",),
     ("__init__",),
-    ("engine.run",),
+    ("engine.run", "adapters.compose", "adapters.extract"),
     ("engine.verify", "engine.plan", "engine"),
     ("adapters",),
     ("engine.files", "engine.header", "engine.index", "engine.shard", "engine.strict_json"),

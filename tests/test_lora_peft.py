@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pykernels.adapters.compose import compose
+from pykernels.adapters.extract import extract
 from pykernels.engine.recipe import adapter_recipe
 from pykernels.engine.run import merge
 from pykernels.engine.verify import verify
 from tests.checkpoints import load, same
-from tests.peft_models import KINDS, Kind, merged_by_peft, with_adapters, write_adapter, write_base
+from tests.peft_models import KINDS, Kind, merged_by_peft, read_base, with_adapters, write_adapter, write_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TIED = Kind("tied", {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True})
@@ -113,3 +115,37 @@ def test_float32_and_adapters_in_halves(tmp_path):
     adapters = [tmp_path / "adapter"]
     theirs = merged_by_peft(kind, tmp_path / "base", adapters, tmp_path / "theirs", torch.float32)
     assert same(ours(tmp_path / "base", adapters, tmp_path / "out", "peft"), theirs)
+
+
+def test_peft_loads_what_is_composed(tmp_path):
+    """cat, and svd at the summed ranks, give the outputs of the dense composition."""
+    kinds = [Kind("llama", {"target_modules": t}) for t in (["q_proj"], ["q_proj", "embed_tokens"])]
+    write_base("llama", tmp_path / "base", torch.float32)
+    parts = [str(tmp_path / f"{i}") for i in range(2)]
+    for i, kind in enumerate(kinds):
+        write_adapter(kind, tmp_path / "base", Path(parts[i]), i, torch.float32)
+    ids = torch.arange(12)[None]
+    merge(adapter_recipe(str(tmp_path / "base"), parts, (0.5, 2.0)), tmp_path / "both")
+    with torch.no_grad():
+        wanted = read_base("llama", tmp_path / "both", torch.float32)(ids).logits
+        for method, rank in (("cat", None), ("svd", 4)):
+            compose(parts, tmp_path / method, weights=(0.5, 2.0), method=method, rank=rank)
+            got = with_adapters(kinds[0], tmp_path / "base", [tmp_path / method], torch.float32)(ids).logits
+            assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_peft_loads_what_is_extracted(tmp_path):
+    """Vectors that changed come with it, and one added to every row of a matrix is a change of rank 1."""
+    write_base("llama", tmp_path / "base", torch.float32)
+    tuned = read_base("llama", tmp_path / "base", torch.float32)
+    ids = torch.arange(12)[None]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for tensor in tuned.parameters():
+            tensor += torch.randn(tensor.shape[-1]) / 4
+        tuned.save_pretrained(tmp_path / "tuned")
+        made = extract(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out", rank=1)
+        assert made.saved and made.biases
+        peft = with_adapters(KINDS["linear"], tmp_path / "base", [tmp_path / "out"], torch.float32)
+        wanted = tuned(ids).logits
+        assert (peft(ids).logits - wanted).norm() < 1e-5 * wanted.norm()

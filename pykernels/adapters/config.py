@@ -48,7 +48,7 @@ RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The keys that decide what a LoRA adapter of PEFT computes; the words are PEFT's."""
+    """Keys that decide what a LoRA adapter of PEFT computes, in PEFT's words. ``said``: its origin."""
 
     path: Path
     r: int
@@ -64,6 +64,7 @@ class AdapterConfig:
     token_indices: dict[str, tuple[int, ...]]
     target_parameters: tuple[str, ...]
     tied: bool
+    said: Mapping[str, str | None]
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module (its path below ``base_model.model``)."""
@@ -129,6 +130,7 @@ class _Reader:
             token_indices=self._tokens(),
             target_parameters=self._names("target_parameters"),
             tied=self._flag("ensure_weight_tying"),
+            said={key: self._text(key) for key in ("base_model_name_or_path", "task_type")},
         )
 
     def _refuse(self, key: str, value: Any, why: str) -> NoReturn:
@@ -163,6 +165,12 @@ class _Reader:
         if not isinstance(value, bool | None):
             self._refuse(key, value, "must be true or false")
         return bool(value)
+
+    def _text(self, key: str) -> str | None:
+        value = self._found.get(key)
+        if not isinstance(value, str | None):
+            self._refuse(key, value, "must be text")
+        return value
 
     def _number(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

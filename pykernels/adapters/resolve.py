@@ -223,15 +223,17 @@ class _Resolver:
         if groups != 1:
             self._refuse(b, f"belongs to a convolution of {groups:g} groups, which PEFT cannot merge either")
         conv = len(found.shape) > 2
-        transposed = parts.embedding or (self._config.fan_in_fan_out and not conv)
         columns, rows = prod(a.shape[1:]), b.shape[0]
-        stored = (columns, rows) if transposed else (rows, columns)
         flat = (found.shape[0], prod(found.shape[1:]))
+        # PEFT goes by the kind of a layer and corrects the flag, which then holds for the last one only.
+        turned = flat == (columns, rows) and (columns != rows or self._config.fan_in_fan_out)
+        transposed = parts.embedding or (turned and not conv)
+        stored = (columns, rows) if transposed else (rows, columns)
         if len(found.shape) < 2 or flat != stored or prod(b.shape[1:]) != a.shape[0]:
             self._refuse(
                 a,
                 f"A {list(a.shape)} and B {list(b.shape)} make a change of {list(stored)}, the base's "
-                f"{shown(found.name)} is {list(found.shape)}" + self._turn(stored, flat),
+                f"{shown(found.name)} is {list(found.shape)}",
             )
         tensors = [a, b]
         if MAGNITUDE in parts.tensors:
@@ -245,11 +247,6 @@ class _Resolver:
         )
         if BIAS in parts.tensors:
             self._bias(parts, scaling)
-
-    def _turn(self, stored: tuple[int, int], flat: tuple[int, int]) -> str:
-        if stored == flat[::-1]:
-            return f"; fan_in_fan_out is {str(self._config.fan_in_fan_out).lower()}"
-        return ""
 
     def _magnitude(self, info: TensorInfo, rows: int) -> TensorInfo:
         if prod(info.shape) != rows:

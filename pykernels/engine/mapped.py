@@ -105,6 +105,10 @@ class Inputs:
         """A whole tensor of an adapter, [rows, columns], aliasing the file."""
         return self._stored(info, 0, prod(info.shape)).view(info.shape[0], -1)
 
+    def bytes_of(self, info: TensorInfo) -> torch.Tensor:
+        """The bytes of a whole tensor, whatever its dtype."""
+        return self.file(info.file).tensor(info.start, info.end, torch.uint8)
+
     def _stored(self, source: Source | TensorInfo, first: int, count: int) -> torch.Tensor:
         dtype = TORCH_DTYPE[source.dtype]
         start = source.start + first * dtype.itemsize
