@@ -53,6 +53,7 @@ TABLE: dict[str, dict[str, str]] = {
 SOFTMAX_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
 _SOFTMAX = {
     "cpu": "pykernels.native",
+    "cuda": "pykernels.cuda",
     "ref": "pykernels.ref.blocks",
 }
 """The module of a backend that holds all rows of softmax."""
