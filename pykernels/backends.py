@@ -54,6 +54,7 @@ SOFTMAX_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_
 _SOFTMAX = {
     "cpu": "pykernels.native",
     "cuda": "pykernels.cuda",
+    "triton": "pykernels.kernels.softmax",
     "ref": "pykernels.ref.blocks",
 }
 """The module of a backend that holds all rows of softmax."""
