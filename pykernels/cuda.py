@@ -276,8 +276,21 @@ def log_softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor,
 def _softmax_backward(
     op: str, kind: int, out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float
 ) -> None:
-    given = (value for t in (out, grad, y) for value in (t.data_ptr(), CODES[t.dtype]))
-    _run_rows(op, _cuda.SoftmaxBackward(*given, *y.shape, kind, scale), y)
+    outer, n, inner = y.shape
+    job = _cuda.SoftmaxBackward(
+        out.data_ptr(),
+        CODES[out.dtype],
+        grad.data_ptr(),
+        CODES[grad.dtype],
+        y.data_ptr(),
+        CODES[y.dtype],
+        outer,
+        n,
+        inner,
+        kind,
+        scale,
+    )
+    _run_rows(op, job, y)
 
 
 def _run_rows(op: str, job: _cuda.Softmax | _cuda.SoftmaxBackward, like: torch.Tensor) -> None:

@@ -94,14 +94,23 @@ struct Backward {
 struct BackwardColumns {
   using Job = SoftmaxBackward;
   using State = Dot;
+  /// The dtype is asked for once: sixteen times cost registers.
+  __device__ static __forceinline__ void load(const Column<Job>& at, int64_t i, int dtype, const void* data,
+                                              bool aligned, float (&to)[kBatch]) {
+    const auto all = [&](auto of) {
+#pragma unroll
+      for (int j = 0; j < kBatch; j++)
+        to[j] = at.has(i, j) ? widen_as(dtype, element_at<decltype(of)>(data, at.flat(i, j), aligned)) : 0;
+    };
+    if (dtype == kF32)
+      all(0.0f);
+    else
+      all(Half{});
+  }
   __device__ static __forceinline__ void read(const Column<Job>& at, int64_t i, Pairs& batch) {
     const Job& job = at.job;
-#pragma unroll
-    for (int j = 0; j < kBatch; j++) {
-      const bool there = at.has(i, j);
-      batch.y[j] = there ? float_at(job.dtype, job.y, at.flat(i, j), job.aligned) : 0;
-      batch.g[j] = there ? float_at(job.grad_dtype, job.grad, at.flat(i, j), job.grad_aligned) : 0;
-    }
+    load(at, i, job.dtype, job.y, job.aligned, batch.y);
+    load(at, i, job.grad_dtype, job.grad, job.grad_aligned, batch.g);
   }
   __device__ static __forceinline__ State sum(const Column<Job>& at) {
     State s = State::none();

@@ -18,7 +18,9 @@ struct Column {
 
   __device__ int64_t row(int64_t i, int j) const { return i + j * kColumnWarps + warp; }
   __device__ bool has(int64_t i, int j) const { return row(i, j) < end; }
-  __device__ int64_t flat(int64_t i, int j) const { return (outer * job.n + row(i, j)) * job.inner + inner; }
+  __device__ int64_t flat(int64_t i, int j) const {  // one product for all j
+    return (outer * job.n + i + warp) * job.inner + inner + j * (kColumnWarps * job.inner);
+  }
 };
 
 struct ColumnDeal {
