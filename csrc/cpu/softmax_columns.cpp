@@ -7,7 +7,7 @@ namespace pk::cpu::PK_ISA {
 namespace {
 
 constexpr int kMostTiles = int(kColumnTiles);
-constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kRowsAhead = 16;  // of strided rows, which no hardware fetches ahead
 
 /// Tiles of sixteen columns that are neighbours, so that reads and writes go by longer stretches of a row.
 struct Tiles {
@@ -74,10 +74,11 @@ void find_nan(const float* z, int64_t rows, State& state) {
     for (int c = 0; c < kWidth; c++) state.nan[c] |= z[i * kWidth + c] != z[i * kWidth + c];
 }
 
-/// Adds sums of few terms to the lanes, one register of columns wide.
-PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], int p) {
+/// Sums of few terms to the lanes, one register of columns wide.
+PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], int p, bool first) {
   for (int l = 0; l < kStripe; l++) {
-    store(lanes[l] + p, load_floats(lanes[l] + p) + load_floats(few[l] + p));
+    const F sum = load_floats(few[l] + p);
+    store(lanes[l] + p, first ? sum : load_floats(lanes[l] + p) + sum);
     store(few[l] + p, F::of(0));
   }
 }
@@ -85,7 +86,8 @@ PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], 
 /// Sums of one block of at most 4096 rows; w in place of z if asked for. Lanes and tree as in softmax.h.
 template <int degree, bool keep>
 void sum_block(float* z, int64_t rows, State& state) {
-  alignas(64) float lanes[kStripe][kWidth] = {}, few[kStripe][kWidth] = {};
+  constexpr int64_t kFold = kFew * kLazy;
+  alignas(64) float lanes[kStripe][kWidth], few[kStripe][kWidth] = {};
   for (int p = 0; p < kWidth; p += kLanes) {
     const F magic = load_floats(state.magic + p), low = load_floats(state.low + p);
     const auto term = [&](int64_t i) PK_ALWAYS {
@@ -101,11 +103,11 @@ void sum_block(float* z, int64_t rows, State& state) {
         float* sum = few[i - group] + p;
         store(sum, load_floats(sum) + part);
       }
-      if (group / kLazy % kFew == kFew - 1) fold(few, lanes, p);
+      const int64_t next = group + kLazy;
+      if (rows > kFold && (next % kFold == 0 || next >= rows)) fold(few, lanes, p, next <= kFold);
     }
-    fold(few, lanes, p);
   }
-  add_lanes(lanes, state.total);
+  add_lanes(rows > kFold ? lanes : few, state.total);
 }
 
 template <class O>
@@ -124,6 +126,7 @@ void write_tiles(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t 
   for (int64_t i = 0; i < rows; i++, out += job.inner)
     for (int t = 0; t < tiles.count; t++) {
       const State& state = tiles.state[t];
+      __builtin_prefetch(out + t * kWidth + kRowsAhead * job.inner, 1);
       F y[kParts];
       for (int k = 0; k < kParts; k++) {
         const int p = k * kLanes;

@@ -8,7 +8,6 @@ namespace pk::cpu::PK_ISA {
 namespace {
 
 constexpr int kMost = int(kColumns) - 1;
-constexpr int kBlocks = kStripe / kLanes;  // of kLanes rows
 
 /// The numbers of each column, in the order that kLanes rows have in memory.
 struct alignas(64) Repeated {
@@ -66,10 +65,11 @@ void add_lanes(const float* lanes, int inner, double* total) {
   for (int c = 0; c < inner; c++) total[c] += sum[c];
 }
 
-/// Adds sums of few terms to the lanes.
-PK_IN void fold(float* few, float* lanes, int inner) {
+/// Sums of few terms to the lanes.
+PK_IN void fold(float* few, float* lanes, int inner, bool first) {
   for (int i = 0; i < kStripe * inner; i += kLanes) {
-    store(lanes + i, load_floats(lanes + i) + load_floats(few + i));
+    const F sum = load_floats(few + i);
+    store(lanes + i, first ? sum : load_floats(lanes + i) + sum);
     store(few + i, F::of(0));
   }
 }
@@ -77,7 +77,9 @@ PK_IN void fold(float* few, float* lanes, int inner) {
 /// Sums of one block of at most 4096 rows; w in place of z if asked for. Lanes as in softmax.h.
 template <int degree, bool keep>
 void sum_block(float* z, int64_t rows, int inner, const Repeated& by, double* total) {
-  alignas(64) float lanes[kStripe * kMost] = {}, few[kStripe * kMost] = {};
+  constexpr int64_t kFold = kFew * kLazy;
+  alignas(64) float lanes[kStripe * kMost], few[kStripe * kMost];
+  for (int i = 0; i < kStripe * inner; i += kLanes) store(few + i, F::of(0));
   for (int64_t group = 0; group < rows; group += kLazy) {
     for (int64_t i = group; i < group + kStripe && i < rows; i += kLanes)
       for (int j = 0; j < inner; j++) {
@@ -93,10 +95,10 @@ void sum_block(float* z, int64_t rows, int inner, const Repeated& by, double* to
         float* sum = few + (i - group) * inner + j * kLanes;
         store(sum, load_floats(sum) + part);
       }
-    if (group / kLazy % kFew == kFew - 1) fold(few, lanes, inner);
+    const int64_t next = group + kLazy;
+    if (rows > kFold && (next % kFold == 0 || next >= rows)) fold(few, lanes, inner, next <= kFold);
   }
-  fold(few, lanes, inner);
-  add_lanes(lanes, inner, total);
+  add_lanes(rows > kFold ? lanes : few, inner, total);
 }
 
 template <class O>

@@ -47,8 +47,8 @@ void row_of(const Softmax& job, const T* x, int64_t row, float shift, float* scr
     double total = job.kind == kSoftmax ? exponentials<T, degree, true>(x, w, n, at)
                                         : exponentials<T, 6, false>(x, nullptr, n, at);
     if (job.sink) total += lifted_sink(sink, shift, at);
+    if (job.kind == kSoftmax && total == total) return scale_row<T, O>(w, out, n, scales_of(total));
     answer = answer_of(job.kind, total, exponent, shift, most);
-    if (answer.fill == Answer::kCompute && job.kind == kSoftmax) return scale_row<T, O>(w, out, n, answer);
   }
   if (job.kind == kLogSumExp) return fill(out, 1, answer.log_sum);
   if (answer.fill != Answer::kCompute) return fill(out, n, filling(job, answer.fill));

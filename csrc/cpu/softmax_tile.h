@@ -22,6 +22,13 @@ PK_IN void add_lanes(const float (&lanes)[kStripe][kWidth], double* total) {
 /// Sixteen floats to the first `width` elements of a row of O.
 template <class O>
 PK_IN void put_row(O* out, const F (&y)[kParts], int width) {
+  if (kGroup <= kWidth && width == kWidth) {
+    for (int k = 0; k < kParts; k += 2) {
+      const Pair pair{canonical(y[k]), canonical(y[(k + 1) % kParts])};
+      put(out + k * kLanes, kParted<O> ? part(pair) : pair, false);
+    }
+    return;
+  }
   alignas(64) float wide[kStripe];
   for (int k = 0; k < kParts; k++) store(wide + k * kLanes, canonical(y[k]));
   alignas(64) O narrow[kStripe];
