@@ -15,6 +15,7 @@ from pykernels.engine.plan import make_plan
 from pykernels.engine.recipe import adapter_recipe
 from pykernels.engine.units import Adapted, Plan
 from tests.adapter_files import PREFIX, factors, write_adapter, write_base, write_experts
+from tests.checkpoints import write_model
 
 LAYER = "model.layers.0.q_proj"
 GOOD = factors(LAYER, 67, 131)
@@ -243,7 +244,7 @@ def test_adapters_that_exclude_each_other(base, tmp_path):
     rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": ROWS}
     one = write_adapter(tmp_path / "one", rows, trainable_token_indices=[1, 2])
     two = write_adapter(tmp_path / "two", rows, trainable_token_indices=[2, 3])
-    assert re.search(r"'.*one' and '.*two'.*both overwrite row 2", refused(base, one, two))
+    assert re.search(r"'.*one' and '.*two'.*row 2 is overwritten twice", refused(base, one, two))
 
 
 def test_a_quantised_base_is_refused(tmp_path):
@@ -279,3 +280,79 @@ def test_an_adapter_changes_a_copy_of_its_base_layer(base, tmp_path):
     plan = planned(base, one, two, weights=(0.5, 1))
     assert [c.kind for c in changes(plan, "model.embed_tokens.weight")] == ["replace", "add", "add"]
     assert len(plan.same) == 1
+
+
+def stack(home: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> Path:
+    """A base of tensors of zeros."""
+    write_model(home / "base", {name: torch.zeros(shape) for name, shape in shapes.items()}, **config)
+    return home / "base"
+
+
+@pytest.mark.parametrize(("model_type", "transposed"), [("gpt_oss", True), ("qwen3_moe", False)])
+def test_square_experts_go_by_the_model_s_type(tmp_path, model_type, transposed):
+    base = stack(tmp_path, {"mlp.experts.up_proj": (3, 8, 8)}, model_type=model_type)
+    path = write_adapter(
+        tmp_path / "a", factors("mlp.experts", 8, 8, rank=12), target_parameters=["experts.up_proj"]
+    )
+    [change] = changes(planned(base, path), "mlp.experts.up_proj")
+    assert change.transposed is transposed
+
+
+def test_parameters_of_equal_shapes_go_by_the_order_of_their_definition(tmp_path):
+    base = stack(tmp_path, {f"experts.{name}": (3, 8, 8) for name in ("gate_up_proj", "down_proj")})
+    both = {**factors("experts", 8, 8, rank=12), **factors("experts.base_layer", 8, 8, rank=12)}
+    targets = ["experts.down_proj", "experts.gate_up_proj"]
+    plan = planned(base, write_adapter(tmp_path / "a", both, target_parameters=targets))
+    [first] = changes(plan, "experts.gate_up_proj")
+    assert "base_layer" in first.tensors[0].name
+
+
+def test_parameters_that_nothing_tells_apart_are_refused(tmp_path):
+    base = stack(tmp_path, {f"experts.{name}": (3, 8, 8) for name in ("one", "two")})
+    both = {**factors("experts", 8, 8, rank=12), **factors("experts.base_layer", 8, 8, rank=12)}
+    path = write_adapter(tmp_path / "a", both, target_parameters=["experts.one", "experts.two"])
+    assert "do not tell which of target_parameters it belongs to (candidates: one, two)" in refused(
+        base, path
+    )
+
+
+def test_a_parameter_that_is_a_matrix(tmp_path):
+    base = stack(tmp_path, {"router.gate": (6, 8)})
+    path = write_adapter(tmp_path / "a", factors("router", 6, 8), target_parameters=["router.gate"])
+    [change] = changes(planned(base, path), "router.gate")
+    assert (change.experts, change.rounded) == (0, True)
+
+
+def test_a_base_with_more_experts_than_the_adapter_is_refused(tmp_path):
+    base = stack(tmp_path, {f"mlp.experts.{e}.down_proj.weight": (6, 8) for e in range(4)})
+    tensors = factors("mlp.experts", 6, 8, rank=12)
+    path = write_adapter(tmp_path / "a", tensors, target_parameters=["experts.down_proj"])
+    assert "do not tell which" in refused(base, path)
+
+
+def test_what_a_tied_tensor_cannot_take(tmp_path):
+    base = stack(tmp_path, {"embed_tokens.weight": (6, 8)}, tie_word_embeddings=True)
+    head, embedding = (
+        factors("lm_head", 6, 8),
+        {
+            "embed_tokens.lora_embedding_A": torch.ones(4, 6),
+            "embed_tokens.lora_embedding_B": torch.ones(8, 4),
+        },
+    )
+    norms = {
+        "lm_head.lora_magnitude_vector": torch.ones(6),
+        "embed_tokens.lora_magnitude_vector": torch.ones(8),
+    }
+    dora = write_adapter(tmp_path / "dora", {**head, **embedding, **norms}, use_dora=True)
+    assert "has magnitudes of its rows and of its columns" in refused(base, dora)
+    copy = write_adapter(tmp_path / "copy", {"lm_head.weight": torch.ones(6, 8)})
+    assert "one adapter replaces what another changes" in refused(
+        base, copy, write_adapter(tmp_path / "head", head)
+    )
+    tokens = {
+        f"{m}.token_adapter.trainable_tokens_delta": torch.ones(1, 8) for m in ("lm_head", "embed_tokens")
+    }
+    rows = write_adapter(
+        tmp_path / "rows", tokens, trainable_token_indices={"lm_head": [0], "embed_tokens": [0]}
+    )
+    assert "row 0 is overwritten twice" in refused(base, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -34,6 +35,8 @@ def attach(
     found = [resolve(a, i, adapters[i][1], base) for i, a in enumerate(opened)]
     joined = _join(opened, found)
     twins = _tie(model, opened, joined)
+    for name, changes in joined.changes.items():
+        _check_steps(opened, name, changes)
     tensors = {**model.checkpoint.tensors, **{n: replace(t, name=n) for n, t in joined.untied.items()}}
     files = {**model.checkpoint.files, **{a.file: a.identity for a in opened}}
     config = {**model.config, "tie_word_embeddings": False} if joined.untied else model.config
@@ -93,12 +96,17 @@ def _check_conflict(
         raise FileError(
             f"{who}: tensor {shown(name)}: one replaces what the other changes; merge one of them"
         )
-    norms = {c.transposed for c in (*before, *after) if c.kind == ADD and len(c.tensors) > 2}
-    if len(norms) > 1:
-        raise FileError(f"{who}: tensor {shown(name)}: magnitudes of rows and of columns; merge one of them")
-    rows = [{row for c in changes if c.kind == ROWS for row in c.index} for changes in (before, after)]
-    if twice := rows[0] & rows[1]:
-        raise FileError(f"{who}: tensor {shown(name)}: both overwrite row {min(twice)}; merge one of them")
+
+
+def _check_steps(adapters: Sequence[Adapter], name: str, changes: Sequence[Change]) -> None:
+    """Steps of one tensor, which may come from several adapters and from a tied head. Raises FileError."""
+    who = " and ".join(dict.fromkeys(shown(adapters[c.adapter].name) for c in changes))
+    rows = [row for change in changes for row in change.index]
+    twice = next((row for row, count in Counter(rows).items() if count > 1), None)
+    if twice is not None:
+        raise FileError(f"{who}: tensor {shown(name)}: row {twice} is overwritten twice; merge one of them")
+    if len({c.transposed for c in changes if c.kind == ADD and len(c.tensors) > 2}) > 1:
+        raise FileError(f"{who}: tensor {shown(name)}: has magnitudes of its rows and of its columns")
 
 
 def _tied(model: Model) -> dict[str, str]:
@@ -118,6 +126,10 @@ def _tie(model: Model, adapters: Sequence[Adapter], joined: Resolved) -> list[tu
     left: list[tuple[Change, Change]] = []
     for head, embedding in _tied(model).items():
         if head in joined.untied:
+            if any(c.kind == ADD and not c.transposed for c in joined.changes.get(embedding, [])):
+                raise FileError(
+                    f"tensor {shown(head)}: one adapter replaces what another changes; merge one of them"
+                )
             continue
         both = [*joined.changes.get(embedding, []), *joined.changes.pop(head, [])]
         if not both:

@@ -49,7 +49,7 @@ class Budget:
     ring: int
 
     @staticmethod
-    def of(plan: Plan, memory: int, *, strict: bool = True) -> Budget:
+    def of(plan: Plan, memory: int) -> Budget:
         """``chunk`` bytes of output at a time; a tensor of up to ``whole`` bytes may be computed at once.
 
         The ring then holds two of the largest, so that one is computed while the other is written.
@@ -57,8 +57,6 @@ class Budget:
         must be whole.
         """
         check_memory(memory)
-        if strict:
-            _check_wholes(plan, memory)
         method = METHODS[plan.method]
         merged = [out for out in plan.outputs if out.action == "merge"]
         scratch = max((method.scratch(o.numel, len(o.tuned)) for o in merged), default=0)
@@ -76,7 +74,7 @@ def check_memory(memory: int) -> None:
         raise ValueError(f"memory must be at least {MIN_MEMORY} bytes, got {memory}")
 
 
-def _check_wholes(plan: Plan, memory: int) -> None:
+def check_wholes(plan: Plan, memory: int) -> None:
     """Raise ValueError for an adapted tensor that must be whole and does not fit."""
     for out in plan.outputs:
         for source in out.sources:

@@ -55,7 +55,7 @@ def recompute(
     inputs = Inputs(identities)
     with use_backend("ref"):
         exact = Inputs(identities)  # whose adapters the reference merges
-    budget = Budget.of(plan, max(MEMORY, MIN_MEMORY), strict=False)
+    budget = Budget.of(plan, max(MEMORY, MIN_MEMORY))
     compute = Compute(plan, inputs, budget, lambda nbytes, name: None)
     adapting = Compute(plan, exact, budget, lambda nbytes, name: None)
     chosen = _choose(outputs, count)
