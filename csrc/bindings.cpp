@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "bindings_tensors.h"
 #include "drive/isa.h"
 #include "drive/merge.h"
 #include "drive/process.h"
@@ -217,6 +218,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("softmax", &softmax);
   m.def("softmax_backward", &softmax_backward);
   m.def("advise_huge", [](uintptr_t data, size_t bytes) { pk::advise_huge(at_mutable(data), bytes); });
+  if (!pk::add_tensor_calls(m.ptr())) throw py::error_already_set();
   m.def("isas", &pk::isas);
   m.def("isa", [] { return std::string(pk::kernels().name); });
   m.def("use_isa", &pk::use_isa);

@@ -198,6 +198,18 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
     return function
 
 
+def everyday(op: str) -> Callable[..., torch.Tensor | None]:
+    """The compiled call (x, dim, out) of softmax or log_softmax without options.
+
+    It asks the tensors what it must know by itself, and returns None, with nothing done, where a question is
+    open or a backend forced: what checks everything takes longer than a small softmax.
+    """
+    if missing("cpu"):
+        return lambda x, dim, out: None
+    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(op, _forced)
+    return run
+
+
 def chosen(op: str, like: torch.Tensor) -> str | None:
     """The name of the backend that runs ``op`` on tensors such as ``like``, None where no backend has it."""
     return _choose(op, like).backend
