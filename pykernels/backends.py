@@ -50,8 +50,15 @@ TABLE: dict[str, dict[str, str]] = {
     }
     for op in ROWS
 }
-CPU_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
-TABLE |= {op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in CPU_ROWS}
+SOFTMAX_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
+_SOFTMAX = {
+    "cpu": "pykernels.native",
+    "cuda": "pykernels.cuda",
+    "triton": "pykernels.kernels.softmax",
+    "ref": "pykernels.ref.blocks",
+}
+"""The module of a backend that holds all rows of softmax."""
+TABLE |= {op: {backend: f"{module}:{op}" for backend, module in _SOFTMAX.items()} for op in SOFTMAX_ROWS}
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
 _HUGE = 1 << 20
