@@ -157,11 +157,10 @@ PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssiz
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
 }
 
-PyMethodDef methods[] = {
-    {"lend_tensors", as_method(lend_tensors), METH_FASTCALL, nullptr},
-    {"softmax_rows", as_method(rows<cpu::kSoftmax>), METH_FASTCALL, nullptr},
-    {"log_softmax_rows", as_method(rows<cpu::kLogSoftmax>), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {{"lend_tensors", as_method(lend_tensors), METH_FASTCALL, nullptr},
+                         {"softmax_rows", as_method(rows<cpu::kSoftmax>), METH_FASTCALL, nullptr},
+                         {"log_softmax_rows", as_method(rows<cpu::kLogSoftmax>), METH_FASTCALL, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

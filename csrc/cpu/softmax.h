@@ -49,21 +49,21 @@ PK_IN Stripe plus(const Stripe& s, const Stripe& t) {
 }
 
 /// Round a stripe as T's load orders it and write it as elements of O; a NaN of a 16-bit output must be
-/// canonical.
+/// canonical. `stream`: past the cache, where `out` is a multiple of 64.
 template <class T, class O>
-PK_IN void put_stripe(O* out, const Stripe& s) {
+PK_IN void put_stripe(O* out, const Stripe& s, bool stream = false) {
   for (int k = 0; k < kPairs; k++) {
     Pair y = s.p[k];
     if (kParted<T> && !kParted<O>) y = interleave(y);
     if (kParted<O> && !kParted<T>) y = part(y);
-    put(out + k * kGroup, y, false);
+    put(out + k * kGroup, y, stream);
   }
 }
 
 /// The same for the first `count` elements of a stripe.
 template <class T, class O>
-PK_IN void put_some(O* out, const Stripe& s, int count) {
-  if (count == kStripe) return put_stripe<T>(out, s);
+PK_IN void put_some(O* out, const Stripe& s, int count, bool stream = false) {
+  if (count == kStripe) return put_stripe<T>(out, s, stream);
   alignas(64) O last[kStripe];
   put_stripe<T>(last, s);
   memcpy(static_cast<void*>(out), last, size_t(count) * sizeof(O));

@@ -69,8 +69,12 @@ constexpr int64_t kCachedFloats = 65536;   // a row and its result stay in half 
 constexpr int64_t kCachedHalves = 131072;  // so do a 16-bit row and its exponentials as floats
 constexpr int64_t kSplit = 65536;          // elements of a longer row that a thread takes at a time
 constexpr int64_t kColumns = 16;           // columns of a reduction over another dimension that go together
-constexpr int64_t kColumnTiles = 8;        // so many times sixteen, where they have few rows
-constexpr int64_t kColumnRows = 4096;      // rows of them whose exponentials stay in the cache
+constexpr int64_t kColumnTiles = 8;        // at most so many times sixteen: a row of them is worth its miss
+constexpr int64_t kColumnRows = 4096;      // rows whose exponentials wait in scratch
+constexpr int64_t kColumnFloats = 262144;  // of that scratch: past the second-level cache, as short stretches
+                                           // of strided rows cost more than the third
+constexpr int64_t kStreamed = 1 << 23;     // floats of a row whose result no cache would keep: past it
+constexpr int64_t kAhead = 4096;           // bytes that long rows are fetched ahead
 constexpr int64_t kRowBatch = 32768;       // elements of short rows that a thread takes at a time
 constexpr int64_t kSlack = 256;            // floats behind a scratch row that kernels may write
 

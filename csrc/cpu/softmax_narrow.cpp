@@ -45,7 +45,8 @@ void find_largest(const float* z, int64_t rows, int inner, State& state) {
   repeat(state.most, inner, most);
   for (int64_t i = 0; i < rows; i += kLanes)
     for (int j = 0; j < inner; j++)
-      store(most + j * kLanes, larger(load_floats(z + i * inner + j * kLanes), load_floats(most + j * kLanes)));
+      store(most + j * kLanes,
+            larger(load_floats(z + i * inner + j * kLanes), load_floats(most + j * kLanes)));
   for (int r = 0; r < kLanes; r++)
     for (int c = 0; c < inner; c++) state.most[c] = with_sink(most[r * inner + c], state.most[c]);
 }

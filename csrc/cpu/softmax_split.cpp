@@ -10,14 +10,9 @@ namespace pk::cpu::PK_ISA {
 namespace {
 
 constexpr float kHeadroom = 16;
-constexpr int64_t kAhead = 1024,
-                  kFarAhead = 4096;  // bytes; farther while rows come from the last-level cache
 
-PK_IN int64_t ahead_of(int64_t row_bytes) {
-  return row_bytes >= 800000 && row_bytes <= 12000000 ? kFarAhead : kAhead;
-}
-PK_IN void prefetch(const void* p, int64_t bytes, int64_t ahead) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + ahead + b);
+PK_IN void prefetch(const void* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + b);
 }
 
 PK_IN double power_of_two(int e) {  // 0 where the true power is far below all that counts
@@ -34,11 +29,11 @@ struct LazySum {
   Reference at = reference(0);
 
   /// One block, no longer than kBlock; false where the row is to be given up.
-  PK_MEMBER bool add(const T* x, int64_t count, int64_t ahead) {
+  PK_MEMBER bool add(const T* x, int64_t count) {
     Lanes<T> lanes;
     const int64_t full = count / kLazy * kLazy;
     for (int64_t i = 0; i < full; i += kLazy) {
-      prefetch(x + i, kLazy * int64_t(sizeof(T)), ahead);
+      prefetch(x + i, kLazy * int64_t(sizeof(T)));
       if (!group(lanes, x + i, kLazy)) return false;
     }
     if (full < count && !group(lanes, x + full, count - full)) return false;
@@ -95,10 +90,9 @@ struct LazySum {
 template <class T, int degree>
 RowSum sum_of(const Softmax& job, int64_t row, int64_t begin, int64_t end) {
   LazySum<T, degree> sum;
-  const int64_t ahead = ahead_of(job.n * int64_t(sizeof(T)));
   const T* x = static_cast<const T*>(job.x) + row * job.n;
   for (int64_t i = begin; i < end; i += kBlock)
-    if (!sum.add(x + i, end - i < kBlock ? end - i : kBlock, ahead)) break;
+    if (!sum.add(x + i, end - i < kBlock ? end - i : kBlock)) break;
   return sum.sum;
 }
 
@@ -109,7 +103,7 @@ RowSum sum_of_loaded(const Softmax& job, int64_t row, int64_t begin, int64_t end
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
     load_row(job, row, i, count, shift, z);
-    if (!sum.add(z, count, 0)) break;
+    if (!sum.add(z, count)) break;
   }
   return sum.sum;
 }
@@ -123,21 +117,20 @@ RowSum sum_any(const Softmax& job, int64_t row, int64_t begin, int64_t end, floa
 }
 
 template <class T, class O>
-PK_IN void write_block(const Softmax& job, const T* x, O* out, int64_t count, const Answer& by,
-                       int64_t ahead) {
+PK_IN void write_block(const Softmax& job, const T* x, O* out, int64_t count, const Answer& by, bool stream) {
   if (job.kind == kLogSoftmax) {
     const F high = F::of(by.high), rest = F::of(by.rest);
     each_stripe(x, count, [&](const Stripe& s, int64_t i, int some) PK_ALWAYS {
-      prefetch(x + i, kStripe * int64_t(sizeof(T)), ahead);
-      put_some<T>(out + i, each(s, [=](F z) PK_ALWAYS { return (z - high) - rest; }), some);
+      prefetch(x + i, kStripe * int64_t(sizeof(T)));
+      put_some<T>(out + i, each(s, [=](F z) PK_ALWAYS { return (z - high) - rest; }), some, stream);
     });
     return;
   }
   const F magic = F::of(by.magic), low = F::of(by.low);
   each_stripe(x, count, [&](const Stripe& s, int64_t i, int some) PK_ALWAYS {
-    prefetch(x + i, kStripe * int64_t(sizeof(T)), ahead);
+    prefetch(x + i, kStripe * int64_t(sizeof(T)));
     const Stripe w = each(s, [=](F z) PK_ALWAYS { return lifted_exp<kDegree<O>>(z, magic, low); });
-    put_some<T>(out + i, finished<O>(w, by), some);
+    put_some<T>(out + i, finished<O>(w, by), some, stream);
   });
 }
 
@@ -148,13 +141,18 @@ void write_of(const Softmax& job, int64_t row, int64_t begin, int64_t end, float
   if (by.fill != Answer::kCompute) return fill(out + begin, end - begin, filling(job, by.fill));
   const bool direct = job.plain() && shift == 0 && job.dtype == dtype_of<O>();
   const O* x = static_cast<const O*>(job.x) + row * job.n;
-  if (direct)
-    return write_block(job, x + begin, out + begin, end - begin, by, ahead_of(job.n * int64_t(sizeof(O))));
+  if (direct) {
+    const bool stream = sizeof(O) == 4 && job.n >= kStreamed && job.out != job.x &&
+                        reinterpret_cast<uintptr_t>(out + begin) % 64 == 0;
+    write_block(job, x + begin, out + begin, end - begin, by, stream);
+    if (stream) fence();
+    return;
+  }
   alignas(64) float z[kBlock + kSlack];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
     load_row(job, row, i, count, shift, z);
-    write_block(job, z, out + i, count, by, 0);
+    write_block(job, z, out + i, count, by, false);
   }
 }
 

@@ -139,8 +139,8 @@ void softmax_of_columns(const Softmax& job, int threads) {
     });
   }
   const int64_t rows = std::max<int64_t>(1, std::min(job.n, cpu::kColumnRows));
-  const int64_t tiles =
-      std::min({cpu::kColumnTiles, cpu::kColumnRows / rows, ceil_divide(job.inner, cpu::kColumns)});
+  const int64_t tiles = std::min({cpu::kColumnTiles, cpu::kColumnFloats / (rows * cpu::kColumns),
+                                  ceil_divide(job.inner, cpu::kColumns)});
   over_columns(job.outer, job.inner, tiles * cpu::kColumns, tiles * (rows * cpu::kColumns + cpu::kSlack),
                threads, [&](int64_t outer, int64_t first, float* scratch) {
                  kernels().softmax_columns(job, outer, first, int(tiles), scratch);
