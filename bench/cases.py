@@ -242,7 +242,11 @@ _SOFTMAX = (
     Case("softmax", _logits(1, 10**8, more=1), {}, _TWICE, peers={"torch": 3.0}),
     *(Case("softmax", _logits(1, 10**8, d, 1), peers={"torch": 6.0}) for d in _HALVES),
     *(case for d in _FLOATS for case in _out_of_range(d)),
-    Case("softmax", _logits(4096, 8192), {"dim": 0}, peers={"torch": 1.5}),
+    *(
+        Case("softmax", _logits(*shape, d), {"dim": 0}, peers={"torch": 1.5})
+        for shape in ((4096, 8192), (10**6, 8))
+        for d in _FLOATS
+    ),
     *(Case("log_softmax", _logits(*shape), peers={"torch": 1.4}) for shape in _FITS),
     Case("logsumexp", _logits(8192, 4096), peers={"torch": 1.0}),
     *(
@@ -251,9 +255,10 @@ _SOFTMAX = (
         for d in (torch.float32, torch.bfloat16)
     ),
     *(
-        Case("softmax", _logits(2**14 // n, n, d), kind="cache", peers={"torch": 1.0})
+        Case("softmax", _logits(rows, n, d), kind="cache", peers={"torch": 1.0})
         for d in _FLOATS
         for n in (64, 128, 256, 512, 1024, 2048, 4096)
+        for rows in (1, 2**14 // n)
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Types of the compiled module: addresses, sizes and codes; see csrc/bindings.cpp and bindings_tensors.cpp."""
+"""Types of the compiled module: addresses, sizes and codes; see csrc/bindings*.cpp."""
 
 from collections.abc import Callable
 from contextvars import ContextVar

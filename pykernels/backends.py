@@ -206,7 +206,9 @@ def everyday(op: str) -> Callable[..., torch.Tensor | None]:
     """
     if missing("cpu"):
         return lambda x, dim, out: None
-    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(op, _forced)
+    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(
+        op, _forced
+    )
     return run
 
 
