@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import pykernels
-from pykernels.bench import softmax_calls
-from pykernels.bench.inputs import LOGITS, Inputs, Spec
+from pykernels.bench import lora_calls, softmax_calls
+from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec
 
 SEED = 7
 
@@ -19,9 +19,9 @@ SEED = 7
 class Target:
     """A bound on this row's time by that of ``of``: "ideal", or the name of another row (``word`` in tables).
 
-    "copy" is a plain copy of as many bytes. Rows of kind "call" and "memory" are held against the figure
-    itself: ``of`` is its unit, "us" or "MiB" (64 MiB and 16 MiB per thread, for the two threads that the
-    targets are set for).
+    "copy" is a plain copy of as many bytes, "ms" a millisecond. Rows of kind "call" and "memory" are held
+    against the figure itself: ``of`` is its unit, "us" or "MiB" (64 MiB and 16 MiB per thread, for the two
+    threads that the targets are set for).
     """
 
     of: str = "ideal"
@@ -120,7 +120,7 @@ def _drop(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
 CALLS: dict[str, Callable[[Inputs, torch.Tensor | None, Mapping[str, Any]], Any]] = {
     "linear_merge": _linear, "task_arithmetic": _arithmetic, "kth_magnitude": _kth, "ties_merge": _ties,
     "dare_merge": _dare, "trim": _trim, "elect_sign": _elect, "drop_rescale": _drop,
-    **softmax_calls.CALLS,
+    **softmax_calls.CALLS, **lora_calls.CALLS,
 }  # fmt: skip
 
 
@@ -138,6 +138,7 @@ _TRAFFIC: dict[str, Callable[[Spec], int]] = {
     "drop_rescale": lambda s: 2 * s.tensor_bytes,
     "elect_sign": lambda s: s.n * s.tensor_bytes + s.shape[0] * s.shape[1],
     **softmax_calls.TRAFFIC,
+    **lora_calls.TRAFFIC,
 }
 
 SQUARE = Spec()
@@ -262,4 +263,17 @@ _SOFTMAX = (
     ),
 )
 
-CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS, *_SOFTMAX)
+_WEIGHT = Spec(n=0, data=LORA)
+_EIGHT_ADAPTERS = {"r": 16, "adapters": 8}
+_LORA = (
+    *(
+        Case("merge_lora", _WEIGHT, {"r": r}, Target(most=most, aim=aim), peers={"peft": least})
+        for r, most, aim, least in ((8, 1.5, 1.15, 10.0), (16, 2.0, 1.3, 8.0), (64, 6.5, 4.0, 4.0))
+    ),
+    Case("merge_lora", _WEIGHT, _EIGHT_ADAPTERS, peers={"peft": 15.0}),
+    Case("merge_lora", Spec(dtype=torch.float32, n=0, data=LORA), {"r": 16}),
+    Case("compose_lora", Spec((2048, 2048), torch.float32, 0, LORA), {**_EIGHT_ADAPTERS, "method": "svd"},
+         Target("ms", most=35, aim=15), peers={"peft": 300.0}),
+)  # fmt: skip
+
+CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS, *_SOFTMAX, *_LORA)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from pykernels import _C, native
-from pykernels.bench import peers
+from pykernels.bench import lora_calls, peers
 from pykernels.bench.cases import CASES, Case
-from pykernels.bench.inputs import LOGITS, Inputs, Spec, make, sets
+from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make, sets
 
 COPY_BYTES = 128 << 20
 
@@ -84,7 +84,12 @@ class Setting:
 
 
 def control(inputs: Sequence[Inputs], case: Case) -> Callable[[int], None]:
-    """The ideal for this row's inputs: as many tensors read as the op reads, one written."""
+    """The ideal for this row's inputs: as many tensors read as the op reads, one written.
+
+    Of a merge of adapters it is the weight read and written in place.
+    """
+    if case.spec.data == LORA:
+        return lambda i: lora_calls.read_modify_write(inputs[i % len(inputs)])
     threads = torch.get_num_threads()
     reads = _reads(case)
 
@@ -122,7 +127,7 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
             "of_copy": case.nbytes / took / copy_rate,
             "x_ideal": took / ideal,
         }
-        bounds = {"ideal": ideal, "copy": case.nbytes / copy_rate}
+        bounds = {"ideal": ideal, "copy": case.nbytes / copy_rate, "ms": 1e-3}
         judge(row, case, took / (middle | bounds).get(case.target.of, float("nan")))
         row["peers"] = [peers.measure(peer, case, inputs[0]) for peer in peers.of(case)]
         yield row
@@ -130,6 +135,8 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
 
 def _control_of(case: Case) -> str:
     """Rows that read the same tensors share a control."""
+    if case.spec.data == LORA:
+        return "ideal in place"
     return f"ideal {case.op}" if case.op in _READS else "ideal"
 
 

@@ -6,6 +6,7 @@
 
 #include "bindings_tensors.h"
 #include "drive/isa.h"
+#include "drive/lora.h"
 #include "drive/merge.h"
 #include "drive/process.h"
 #include "drive/softmax.h"
@@ -182,6 +183,29 @@ void softmax_backward(uintptr_t out, int out_dtype, uintptr_t grad, int grad_dty
       threads);
 }
 
+pk::cpu::MergeLora lora_job(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows,
+                            int64_t cols, uintptr_t left, int64_t rank) {
+  return {
+      at_mutable(out), at(weight), out_dtype, dtype, rows, cols, rank, static_cast<const float*>(at(left)),
+      nullptr,         nullptr,    nullptr};
+}
+
+void merge_lora(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows, int64_t cols,
+                uintptr_t left, uintptr_t right, int64_t rank, uintptr_t scale, bool by_column, int threads) {
+  py::gil_scoped_release release;
+  pk::merge_lora(lora_job(out, out_dtype, weight, dtype, rows, cols, left, rank),
+                 static_cast<const float*>(at(right)), static_cast<const float*>(at(scale)), by_column,
+                 threads);
+}
+
+void lora_squares(uintptr_t sums, uintptr_t weight, int dtype, int64_t rows, int64_t cols, uintptr_t left,
+                  uintptr_t right, int64_t rank, bool by_column, int threads) {
+  py::gil_scoped_release release;
+  pk::lora_squares(lora_job(0, pk::kF32, weight, dtype, rows, cols, left, rank),
+                   static_cast<const float*>(at(right)), by_column, static_cast<double*>(at_mutable(sums)),
+                   threads);
+}
+
 int64_t count_nonfinite(int dtype, uintptr_t data, int64_t numel) {
   py::gil_scoped_release release;
   return pk::kernels().count_nonfinite(dtype, at(data), 0, numel);
@@ -213,6 +237,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("kth_magnitude", &kth_magnitude);
   m.def("magnitude_histogram", &magnitude_histogram);
   m.def("elect_sign", &elect_sign);
+  m.def("merge_lora", &merge_lora);
+  m.def("lora_squares", &lora_squares);
   m.def("count_nonfinite", &count_nonfinite);
   m.def("ideal", &ideal);
   m.def("softmax", &softmax);

@@ -174,16 +174,16 @@ def softmaxes() -> Iterator[Configuration]:
     capped = {**masked, "CAPPED": True}
     kinds = (softmax.SOFTMAX.value, softmax.LOG.value)
     for kernel, sizes, dtype, kind, options in (
-        (softmax._whole, (4096, 60, 1), tl.float32, 1, plain),
-        (softmax._whole, (4096, 4096, 1), tl.float32, 0, plain),
-        (softmax._whole, (4096, 16000, 1), tl.bfloat16, 0, masked),
-        (softmax._whole, (4096, 4000, 1), tl.bfloat16, 0, capped),
-        (softmax._whole, (64, 512, 4096), tl.float32, 0, plain),
-        (softmax._walked, (64, 131072, 1), tl.float32, 1, plain),
-        (softmax._walked, (64, 131072, 1), tl.bfloat16, 0, masked),
-        (softmax._walked, (64, 4096, 4096), tl.float32, 0, plain),
-        (softmax._chunked, (8, 151936, 1), tl.float32, 0, sampled),
-        (softmax._joined, (8, 151936, 1), tl.float32, 0, sampled),
+        (softmax._softmax_whole, (4096, 60, 1), tl.float32, 1, plain),
+        (softmax._softmax_whole, (4096, 4096, 1), tl.float32, 0, plain),
+        (softmax._softmax_whole, (4096, 16000, 1), tl.bfloat16, 0, masked),
+        (softmax._softmax_whole, (4096, 4000, 1), tl.bfloat16, 0, capped),
+        (softmax._softmax_whole, (64, 512, 4096), tl.float32, 0, plain),
+        (softmax._softmax_walked, (64, 131072, 1), tl.float32, 1, plain),
+        (softmax._softmax_walked, (64, 131072, 1), tl.bfloat16, 0, masked),
+        (softmax._softmax_walked, (64, 4096, 4096), tl.float32, 0, plain),
+        (softmax._softmax_chunks, (8, 151936, 1), tl.float32, 0, sampled),
+        (softmax._softmax_joined, (8, 151936, 1), tl.float32, 0, sampled),
     ):
         degree = 6 if kind or dtype == tl.float32 else 4
         reach = row_shapes.CAPPED if options is capped else row_shapes.FORWARD
@@ -193,12 +193,12 @@ def softmaxes() -> Iterator[Configuration]:
 def softmax_gradients() -> Iterator[Configuration]:
     """The gradients of softmax and log_softmax in every regime."""
     for kernel, sizes, dtype, log in (
-        (softmax_backward._whole, (4096, 16384, 1), tl.float32, False),
-        (softmax_backward._whole, (4096, 16000, 1), tl.bfloat16, True),
-        (softmax_backward._whole, (64, 512, 4096), tl.float32, True),
-        (softmax_backward._walked, (64, 131072, 1), tl.bfloat16, True),
-        (softmax_backward._summed, (8, 151936, 1), tl.float32, False),
-        (softmax_backward._written, (8, 151936, 1), tl.float32, True),
+        (softmax_backward._softmax_backward_whole, (4096, 16384, 1), tl.float32, False),
+        (softmax_backward._softmax_backward_whole, (4096, 16000, 1), tl.bfloat16, True),
+        (softmax_backward._softmax_backward_whole, (64, 512, 4096), tl.float32, True),
+        (softmax_backward._softmax_backward_walked, (64, 131072, 1), tl.bfloat16, True),
+        (softmax_backward._softmax_backward_chunks, (8, 151936, 1), tl.float32, False),
+        (softmax_backward._softmax_backward_joined, (8, 151936, 1), tl.float32, True),
     ):
         yield rows(kernel, sizes, row_shapes.BACKWARD, dtype, "*fp64", LOG=log, BY=dtype)
 

@@ -7,6 +7,7 @@ rows, so a row has the same bits in every batch.
 
 from __future__ import annotations
 
+from array import array
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -97,6 +98,11 @@ def alignment(shape: Shape, sizes: torch.Size, *tensors: torch.Tensor) -> int:
     if step % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors):
         return 16
     return int(all(t.data_ptr() % t.element_size() == 0 for t in tensors))
+
+
+def single(number: float) -> float:
+    """Rounded to float32, as kernels take it."""
+    return array("f", [number])[0]
 
 
 def run(op: str, kernel: Any, programs: int, like: torch.Tensor, *args: object, **fixed: Any) -> None:

@@ -136,7 +136,7 @@ def put_stretch(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _whole(
+def _softmax_whole(
     out: tl.int64, x: tl.int64, mask: tl.int64, sink: tl.int64, n: tl.int64, inner: tl.int64,
     lines: tl.int64, s0: tl.int64, s1: tl.int64, s2: tl.int64, t0: tl.int64, t1: tl.int64,
     temperature, softcap, safe,
@@ -171,7 +171,7 @@ def _whole(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _walked(
+def _softmax_walked(
     out: tl.int64, x: tl.int64, mask: tl.int64, sink: tl.int64, n: tl.int64, inner: tl.int64,
     lines: tl.int64, s0: tl.int64, s1: tl.int64, s2: tl.int64, t0: tl.int64, t1: tl.int64,
     temperature, softcap, safe,
@@ -199,7 +199,7 @@ def _walked(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _chunked(
+def _softmax_chunks(
     out: tl.int64, x: tl.int64, mask: tl.int64, sink: tl.int64, n: tl.int64, inner: tl.int64,
     lines: tl.int64, s0: tl.int64, s1: tl.int64, s2: tl.int64, t0: tl.int64, t1: tl.int64,
     temperature, softcap, safe, mosts, sums, chunk: tl.int64, chunks: tl.int64,
@@ -253,7 +253,7 @@ def joined(mosts, sums, most, line, live, chunks, LINES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _joined(
+def _softmax_joined(
     out: tl.int64, x: tl.int64, mask: tl.int64, sink: tl.int64, n: tl.int64, inner: tl.int64,
     lines: tl.int64, s0: tl.int64, s1: tl.int64, s2: tl.int64, t0: tl.int64, t1: tl.int64,
     temperature, softcap, safe, mosts, sums, chunk: tl.int64, chunks: tl.int64,
@@ -299,7 +299,7 @@ def _run(
         out.data_ptr(), x.data_ptr(), 0 if mask is None else mask.data_ptr(),
         0 if sink is None else sink.data_ptr(), n, inner, outer * inner, s0, s1, s2,
         *((0, 0) if sink is None else sink.stride()),
-        float(temperature), float(softcap or 0), int(safe),
+        row_shapes.single(temperature), row_shapes.single(softcap or 0), int(safe),
     )  # fmt: skip
     fixed = {
         "KIND": kind.value,
@@ -320,13 +320,13 @@ def _run(
         mosts = torch.empty(states, dtype=torch.float32, device=x.device)
         sums = torch.empty(states, dtype=torch.int64, device=x.device)
         rest = (mosts, sums, shape.chunk, chunks)
-        row_shapes.run(op, _chunked, shape.groups * chunks, x, *numbers, *rest, **fixed)
+        row_shapes.run(op, _softmax_chunks, shape.groups * chunks, x, *numbers, *rest, **fixed)
         pieces = 1 if kind.value == SUM.value else chunks
-        row_shapes.run(op, _joined, shape.groups * pieces, x, *numbers, *rest, **fixed)
+        row_shapes.run(op, _softmax_joined, shape.groups * pieces, x, *numbers, *rest, **fixed)
     elif n > shape.tile:
-        row_shapes.run(op, _walked, shape.groups, x, *numbers, **fixed)
+        row_shapes.run(op, _softmax_walked, shape.groups, x, *numbers, **fixed)
     else:
-        row_shapes.run(op, _whole, shape.groups, x, *numbers, **fixed, FULL=n == shape.tile)
+        row_shapes.run(op, _softmax_whole, shape.groups, x, *numbers, **fixed, FULL=n == shape.tile)
 
 
 MASKS = {**READS, torch.bool: tl.int1}

@@ -62,7 +62,7 @@ def put_gradient(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _whole(
+def _softmax_backward_whole(
     out: tl.int64, grad: tl.int64, y: tl.int64, n: tl.int64, inner: tl.int64, lines: tl.int64, scale,
     LOG: tl.constexpr, BY: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr,
     FORM: tl.constexpr, ALIGN: tl.constexpr, LINES: tl.constexpr, N: tl.constexpr, FULL: tl.constexpr,
@@ -78,7 +78,7 @@ def _whole(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _summed(
+def _softmax_backward_chunks(
     out: tl.int64, grad: tl.int64, y: tl.int64, n: tl.int64, inner: tl.int64, lines: tl.int64, scale,
     sums, chunk: tl.int64, chunks: tl.int64,
     LOG: tl.constexpr, BY: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr,
@@ -112,7 +112,7 @@ def joined(sums, line, live, chunks, LINES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _written(
+def _softmax_backward_joined(
     out: tl.int64, grad: tl.int64, y: tl.int64, n: tl.int64, inner: tl.int64, lines: tl.int64, scale,
     sums, chunk: tl.int64, chunks: tl.int64,
     LOG: tl.constexpr, BY: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr,
@@ -133,7 +133,7 @@ def _written(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _walked(
+def _softmax_backward_walked(
     out: tl.int64, grad: tl.int64, y: tl.int64, n: tl.int64, inner: tl.int64, lines: tl.int64, scale,
     LOG: tl.constexpr, BY: tl.constexpr, IN: tl.constexpr, TO: tl.constexpr,
     FORM: tl.constexpr, ALIGN: tl.constexpr, LINES: tl.constexpr, N: tl.constexpr,
@@ -161,7 +161,15 @@ def _run(log: bool, op: str, out: torch.Tensor, grad: torch.Tensor, y: torch.Ten
     if not out.numel():
         return
     shape = row_shapes.shape_of(y.shape, row_shapes.BACKWARD)
-    numbers = (out.data_ptr(), grad.data_ptr(), y.data_ptr(), n, inner, outer * inner, float(scale))
+    numbers = (
+        out.data_ptr(),
+        grad.data_ptr(),
+        y.data_ptr(),
+        n,
+        inner,
+        outer * inner,
+        row_shapes.single(scale),
+    )
     fixed = {
         "LOG": log,
         "BY": READS[grad.dtype],
@@ -172,12 +180,12 @@ def _run(log: bool, op: str, out: torch.Tensor, grad: torch.Tensor, y: torch.Ten
     chunks = shape.chunks(n)
     if chunks > 1:
         sums = torch.empty(outer * inner, chunks, dtype=torch.float64, device=y.device)
-        for kernel in (_summed, _written):
+        for kernel in (_softmax_backward_chunks, _softmax_backward_joined):
             row_shapes.run(op, kernel, shape.groups * chunks, y, *numbers, sums, shape.chunk, chunks, **fixed)
     elif n > shape.tile:
-        row_shapes.run(op, _walked, shape.groups, y, *numbers, **fixed)
+        row_shapes.run(op, _softmax_backward_walked, shape.groups, y, *numbers, **fixed)
     else:
-        row_shapes.run(op, _whole, shape.groups, y, *numbers, **fixed, FULL=n == shape.tile)
+        row_shapes.run(op, _softmax_backward_whole, shape.groups, y, *numbers, **fixed, FULL=n == shape.tile)
 
 
 def softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float) -> None:

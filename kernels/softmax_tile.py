@@ -138,7 +138,7 @@ def logits(
     exists = inside(live, end - begin, FORM, N, ALIGN, FULL)
     z = read(x, start, lane, exists, IN, ALIGN, FULL and LINES == 1)
     if CAPPED:
-        z = capped(z, softcap.to(tl.float64))
+        z = capped(z, softcap)
     if TEMPERED:
         z = tl.div_rn(z, temperature)
     if MASK is not None:

@@ -137,6 +137,32 @@ def softmax_backward(
     scale: float,
     threads: int,
 ) -> None: ...
+def merge_lora(
+    out: int,
+    out_dtype: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    left: int,
+    right: int,
+    rank: int,
+    scale: int,
+    by_column: bool,
+    threads: int,
+) -> None: ...
+def lora_squares(
+    sums: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    left: int,
+    right: int,
+    rank: int,
+    by_column: bool,
+    threads: int,
+) -> None: ...
 def lend_tensors(
     kind: type[torch.Tensor],
     forced: ContextVar[str | None],

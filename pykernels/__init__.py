@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pykernels.engine.run import merge as merge
     from pykernels.engine.run import merge_state_dicts as merge_state_dicts
     from pykernels.engine.verify import verify as verify
+    from pykernels.ops.compose_lora import compose_lora as compose_lora
     from pykernels.ops.dare_merge import dare_merge as dare_merge
     from pykernels.ops.drop_rescale import drop_rescale as drop_rescale
     from pykernels.ops.elect_sign import elect_sign as elect_sign
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pykernels.ops.log_softmax import log_softmax as log_softmax
     from pykernels.ops.logsumexp import logsumexp as logsumexp
     from pykernels.ops.lora import LoRA as LoRA
+    from pykernels.ops.merge_lora import merge_lora as merge_lora
     from pykernels.ops.softmax import softmax as softmax
     from pykernels.ops.task_arithmetic import task_arithmetic as task_arithmetic
     from pykernels.ops.ties_merge import ties_merge as ties_merge
@@ -34,6 +36,7 @@ _HOMES = {
     **{
         op: f"pykernels.ops.{op}"
         for op in (
+            "compose_lora",
             "dare_merge",
             "drop_rescale",
             "elect_sign",
@@ -41,6 +44,7 @@ _HOMES = {
             "linear_merge",
             "log_softmax",
             "logsumexp",
+            "merge_lora",
             "softmax",
             "task_arithmetic",
             "ties_merge",

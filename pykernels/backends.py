@@ -59,6 +59,10 @@ _SOFTMAX = {
 }
 """The module of a backend that holds all rows of softmax."""
 TABLE |= {op: {backend: f"{module}:{op}" for backend, module in _SOFTMAX.items()} for op in SOFTMAX_ROWS}
+TABLE["merge_lora"] = {
+    "cpu": "pykernels.native_lora:merge_lora",
+    "ref": "pykernels.ref.merge_lora:merge_lora",
+}
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
 _HUGE = 1 << 20

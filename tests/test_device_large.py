@@ -65,3 +65,21 @@ def test_sums_and_signs(call, tuned):
     signs = torch.zeros(NUMEL, dtype=torch.int8, device="cuda")
     call("elect_sign")(signs, [tuned], [1.0], "plain")
     assert bool((signs[-5:] == -1).all()) and bool((signs[-4200:-5] == 1).all())
+
+
+def test_softmax_of_one_row_and_of_columns(call, tuned):
+    """One row of 2^31 elements and more, in chunks; then two columns of half as many."""
+    out = torch.empty_like(tuned)
+    wide = float(torch.exp(torch.tensor(-4.0)))
+    call("softmax")(out.view(1, -1, 1), tuned.view(1, -1, 1), 1.0, None, None, None, False)
+    assert float(out[0]) == pytest.approx(1 / NUMEL, rel=0.004) and bool((out[:-5] == out[0]).all())
+    assert float(out[-1]) == pytest.approx(wide / NUMEL, rel=0.004) and bool((out[-5:] == out[-1]).all())
+    sums = torch.empty(1, 1, dtype=torch.bfloat16, device="cuda")
+    call("logsumexp")(sums, tuned.view(1, -1, 1), 1.0)
+    assert float(sums) == pytest.approx(1 + 21.4876, rel=0.004)
+    even = NUMEL // 2 * 2
+    x, y = (t[-even:].view(1, -1, 2) for t in (tuned, out))
+    call("softmax")(y, x, 1.0, None, None, None, False)
+    assert bool((y[0, :-3] == y[0, 0]).all()) and float(y[0, 0, 0]) == pytest.approx(2 / NUMEL, rel=0.004)
+    call("softmax_backward")(x, torch.ones_like(x), y, 1.0)
+    assert float(x.abs().max()) < 1e-10

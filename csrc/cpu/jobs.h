@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "lora_jobs.h"
 #include "softmax_jobs.h"
 
 namespace pk::cpu {
@@ -80,6 +81,11 @@ struct Kernels {
   void (*elect_sign)(int8_t* out, const Merge&, int combine, int64_t begin, int64_t end);
   int64_t (*count_nonfinite)(int dtype, const void* data, int64_t begin, int64_t end);
   void (*ideal)(void* out, const void* const* inputs, int n, int64_t begin, int64_t end);
+  void (*merge_lora)(const MergeLora&, int64_t begin, int64_t end);
+  void (*lora_squares)(const MergeLora&, bool by_column, double* sums, int64_t begin, int64_t end);
+  void (*pack_panels)(const float* right, int64_t rank, int64_t cols, int dtype, float* panels, int64_t begin,
+                      int64_t end);
+  int (*panel_width)();
   void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);  // n + kSlack floats
   void (*softmax_columns)(const Softmax&, int64_t outer, int64_t first, int tiles, float* scratch);
   void (*softmax_narrow)(const Softmax&, int64_t outer, float* scratch);

@@ -18,6 +18,10 @@ int64_t nth_equal(int, const void*, const void*, uint32_t, int64_t, int64_t, int
 void elect_sign(int8_t*, const Merge&, int, int64_t, int64_t);
 int64_t count_nonfinite(int, const void*, int64_t, int64_t);
 void ideal(void*, const void* const*, int, int64_t, int64_t);
+void merge_lora(const MergeLora&, int64_t, int64_t);
+void lora_squares(const MergeLora&, bool, double*, int64_t, int64_t);
+void pack_panels(const float*, int64_t, int64_t, int, float*, int64_t, int64_t);
+int panel_width();
 void softmax_rows(const Softmax&, int64_t, int64_t, float*);
 void softmax_columns(const Softmax&, int64_t, int64_t, int, float*);
 void softmax_narrow(const Softmax&, int64_t, float*);
@@ -54,6 +58,10 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::elect_sign,
     PK_ISA::count_nonfinite,
     PK_ISA::ideal,
+    PK_ISA::merge_lora,
+    PK_ISA::lora_squares,
+    PK_ISA::pack_panels,
+    PK_ISA::panel_width,
     PK_ISA::softmax_rows,
     PK_ISA::softmax_columns,
     PK_ISA::softmax_narrow,

@@ -13,6 +13,11 @@ __device__ __forceinline__ void copy_16(void* shared, const void* global) {
   const unsigned to = unsigned(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
+/// The same of four bytes.
+__device__ __forceinline__ void copy_4(void* shared, const void* global) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+}
 /// Ends a group of copies; it may be empty.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Until all but the last `groups` groups of this thread have arrived.
@@ -54,6 +59,7 @@ __device__ __forceinline__ const P* of_block(const P* mine, int) {
 #else
 
 inline void copy_16(void* shared, const void* global) { emulated::block.copies().add(shared, global, 16); }
+inline void copy_4(void* shared, const void* global) { emulated::block.copies().add(shared, global, 4); }
 inline void commit_copies() { emulated::block.copies().commit(); }
 template <int groups>
 void wait_copies() {

@@ -31,14 +31,16 @@ void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStr
   check(cudaLaunchKernel(address, grid, dim3(unsigned(threads)), pointers, shared, stream));
 }
 
-/// The same for clusters of `cluster` neighbouring blocks, which need sm_90, and for more shared memory than
-/// the 48 KiB that a kernel has unasked. Both can be captured in a graph.
+/// The same for clusters of `cluster` neighbouring blocks, which need sm_90, and for kernels that share as
+/// much memory as a block may have, `most`: asked for is always that, so that what is launched by another
+/// thread or replayed from a graph with more than this call needs stays allowed. Both can be captured in a
+/// graph.
 template <class... P>
-void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared, int cluster,
+void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared, int64_t most, int cluster,
                      cudaStream_t stream, std::common_type_t<P>... arguments) {
   void* pointers[] = {static_cast<void*>(&arguments)...};
   const void* address = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)));
   check(cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout,
                              cudaSharedmemCarveoutMaxShared));
   cudaLaunchAttribute attribute{};

@@ -53,7 +53,8 @@ struct Forward {
   }
   __device__ static __forceinline__ void write(const Part<Forward>& part, State s, bool copying, bool first) {
     const Job& job = part.job;
-    if (job.sink) s = State::joined(s, State::of_sink(job.sink[part.row * job.sink_stride[0]]));
+    if (job.sink)
+      s = State::joined(s, State::of_sink(job.sink[part.row * job.sink_stride[0]], is_coarse(job)));
     const Answer by = answer_of(job, s);
     if (job.kind == kLogSumExp) {
       if (first) put_one(job.out_dtype, job.out, part.row, by.log_sum);
@@ -105,7 +106,8 @@ struct ForwardColumns {
     const Job& job = at.job;
     if (job.sink)
       s = State::joined(
-          s, State::of_sink(job.sink[at.outer * job.sink_stride[0] + at.inner * job.sink_stride[1]]));
+          s, State::of_sink(job.sink[at.outer * job.sink_stride[0] + at.inner * job.sink_stride[1]],
+                            is_coarse(job)));
     const Answer by = answer_of(job, s);
     if (job.kind == kLogSumExp) {
       if (first) put_one(job.out_dtype, job.out, at.outer * job.inner + at.inner, by.log_sum);

@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
   PK_DYNAMIC_SHARED(char, held);
   State* states = reinterpret_cast<State*>(held);  // [warps][32]
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  const int64_t index = blockIdx.x % deal.chunks, column = blockIdx.x / deal.chunks * 32 + lane;
+  const unsigned groups = unsigned(deal.chunks), index = blockIdx.x % groups;
+  const int64_t column = int64_t(blockIdx.x / groups) * 32 + lane;
   const bool active = column < deal.columns;
   const int64_t begin = index * deal.chunk, stop = begin + deal.chunk < job.n ? begin + deal.chunk : job.n;
   const Column<typename Op::Job> at{job,   active ? column / job.inner : 0, active ? column % job.inner : 0,

@@ -55,6 +55,11 @@ __device__ __forceinline__ void fetch(char* shared, const void* data, int64_t at
                                       T nothing) {
   const char* from = static_cast<const char*>(data) + at * int64_t(sizeof(T));
   if (count >= kWide<T> && reinterpret_cast<uintptr_t>(from) % 16 == 0) return copy_16(shared, from);
+  if (count >= kWide<T> && reinterpret_cast<uintptr_t>(from) % 4 == 0) {
+#pragma unroll
+    for (int b = 0; b < 16; b += 4) copy_4(shared + b, from + b);
+    return;
+  }
   Raw<T, kWide<T>> raw;
 #pragma unroll
   for (int k = 0; k < kWide<T>; k++) raw.x[k] = k < count ? element_at<T>(from, k, aligned) : nothing;

@@ -105,19 +105,22 @@ __global__ void __launch_bounds__(kMostThreads, Op::kBlocks)
   State* states = reinterpret_cast<State*>(held);
   static_assert(kStates * sizeof(State) <= kStatesBytes, "room for a state per warp and one per block");
   const bool whole = deal.stage == kWhole;
-  const int64_t groups = whole ? deal.cluster : deal.parts, first = blockIdx.x / groups;
-  const int64_t index = blockIdx.x % groups, vectors = (job.n + Op::kWidth - 1) / Op::kWidth;
-  const int64_t row = first * (int(blockDim.x) / deal.lanes) + int(threadIdx.x) / deal.lanes;
+  // Divisions of 64 bits would cost a short row more than its exponentials.
+  const unsigned groups = whole ? unsigned(deal.cluster) : unsigned(deal.parts), lanes = unsigned(deal.lanes);
+  const unsigned first = blockIdx.x / groups, index = blockIdx.x % groups;
+  const int64_t vectors = (job.n + Op::kWidth - 1) / Op::kWidth;
+  const int64_t row = int64_t(first) * (blockDim.x / lanes) + threadIdx.x / lanes;
   const int64_t begin = index * deal.part, stop = begin + deal.part < vectors ? begin + deal.part : vectors;
-  const int64_t end = row < deal.rows ? stop : begin, batch = int64_t(deal.lanes) * Op::kVectors;
+  const int64_t end = row < deal.rows ? stop : begin;
+  const unsigned batch = lanes * Op::kVectors;
   const Part<Op> part{job,
                       row,
                       begin,
                       end,
-                      int(threadIdx.x) % deal.lanes,
+                      int(threadIdx.x % lanes),
                       deal.lanes,
                       deal.ring,
-                      end > begin ? int((end - begin + batch - 1) / batch) : 0,
+                      end > begin ? int((unsigned(end - begin) + batch - 1) / batch) : 0,
                       held + kStatesBytes + threadIdx.x * 16,
                       int64_t(blockDim.x) * 16};
   State* parts = static_cast<State*>(deal.scratch) + row * deal.parts;
@@ -151,6 +154,7 @@ Deal deal_rows(const typename Op::Job& job, int device) {
 
 template <class Op>
 void run_rows(const typename Op::Job& job, void* scratch, int device, cudaStream_t stream) {
+  const int64_t most = limits_of(device).shared;
   Deal d = deal_rows<Op>(job, device);
   d.scratch = scratch;
   const int threads = threads_of(d), each = threads / d.lanes;
@@ -159,7 +163,7 @@ void run_rows(const typename Op::Job& job, void* scratch, int device, cudaStream
   const int64_t blocks = (d.rows + each - 1) / each * d.cluster * d.parts;
   for (int stage = d.parts > 1 ? kSums : kWhole; stage <= (d.parts > 1 ? kFinish : kWhole); stage++) {
     d.stage = stage;
-    launch_clusters(rows<Op>, dim3(unsigned(blocks)), threads, shared, d.cluster, stream, job, d);
+    launch_clusters(rows<Op>, dim3(unsigned(blocks)), threads, shared, most, d.cluster, stream, job, d);
   }
 }
 

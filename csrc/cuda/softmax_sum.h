@@ -35,6 +35,11 @@ __device__ __forceinline__ float lifted_exp(float z, Reference at) {
   return p.x * power.x;
 }
 
+/// The same by the device's own exponential, whose 2^-22 are enough for results of 16 bits; `lift`: 64 - E.
+__device__ __forceinline__ float coarse_exp(float z, float lift) {
+  return power_of_2(__builtin_fmaf(z, kLog2E, lift));
+}
+
 constexpr int kBatch = 16;
 constexpr float kHeadroom = 16;
 constexpr float kMinusInfinity = -__builtin_inff();
@@ -87,7 +92,8 @@ struct RowSum {
     return {a.total * a.scale_to(shift, exponent) + b.total * b.scale_to(shift, exponent), shift, exponent,
             larger(a.largest, b.largest)};
   }
-  __device__ static RowSum of_sink(float sink) {
+  /// `coarse`: as the row's own terms are made, whose common error cancels.
+  __device__ static RowSum of_sink(float sink, bool coarse) {
     RowSum s = none();
     if (sink != sink) s.total = double(sink);
     if (!(sink > kMinusInfinity)) return s;
@@ -99,13 +105,14 @@ struct RowSum {
       return s;
     }
     s.exponent = nearest_exponent(sink);
-    s.total = double(lifted_exp(sink, reference(s.exponent)));
+    s.total = double(coarse ? coarse_exp(sink, float(kLift - s.exponent))
+                            : lifted_exp(sink, reference(s.exponent)));
     return s;
   }
   static constexpr double kLn2 = 0.6931471805599453;
 };
 
-/// Adds up the batches of one thread. `coarse`: for results of 16 bits, the device's own exponential will do.
+/// Adds up the batches of one thread, by coarse exponentials or exact ones.
 class Adder {
  public:
   __device__ explicit Adder(bool coarse) : coarse_(coarse), at_(reference(0)) {}
@@ -118,7 +125,7 @@ class Adder {
     if (coarse_) {
       const float lift = float(kLift - sum_.exponent);
 #pragma unroll
-      for (int j = 0; j < kBatch; j++) w[j] = power_of_2(__builtin_fmaf(z[j] - sum_.shift, kLog2E, lift));
+      for (int j = 0; j < kBatch; j++) w[j] = coarse_exp(z[j] - sum_.shift, lift);
     } else {
 #pragma unroll
       for (int j = 0; j < kBatch; j++) w[j] = lifted_exp(z[j] - sum_.shift, at_);
@@ -211,7 +218,7 @@ __device__ __forceinline__ void answers(const Softmax& job, const Answer& by, bo
     for (int j = 0; j < kBatch; j++) z[j] = (z[j] - by.high) - by.rest;
   } else if (coarse) {
 #pragma unroll
-    for (int j = 0; j < kBatch; j++) z[j] = power_of_2(__builtin_fmaf(z[j], kLog2E, by.lift)) * by.lowered;
+    for (int j = 0; j < kBatch; j++) z[j] = coarse_exp(z[j], by.lift) * by.lowered;
   } else {
 #pragma unroll
     for (int j = 0; j < kBatch; j++) z[j] = lifted_exp(z[j], by.at) * by.lowered;

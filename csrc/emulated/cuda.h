@@ -113,17 +113,21 @@ class Block {
     prepare(places, threads, shared);
     for (int left = all; left > 0;) {
       int ran = 0;
-      for (int i = 0; i < all; i++) {
-        Fiber& fiber = fibers_[size_t(reverse ? all - 1 - i : i)];
-        if (fiber.done || (fiber.waits && fiber.waits->generation < fiber.until)) continue;
-        fiber.waits = nullptr;
-        current_ = &fiber;
-        threadIdx = fiber.place;
-        blockIdx = rooms_[fiber.room].place;
-        resume(fiber);
-        ran++;
-        left -= fiber.done;
-      }
+      for (int r = 0; r < int(places.size()); r++)  // a block runs as far as it can before the next one does
+        for (int before = -1; before != ran;) {
+          before = ran;
+          for (int i = r * threads; i < (r + 1) * threads; i++) {
+            Fiber& fiber = fibers_[size_t(reverse ? all - 1 - i : i)];
+            if (fiber.done || (fiber.waits && fiber.waits->generation < fiber.until)) continue;
+            fiber.waits = nullptr;
+            current_ = &fiber;
+            threadIdx = fiber.place;
+            blockIdx = rooms_[fiber.room].place;
+            resume(fiber);
+            ran++;
+            left -= fiber.done;
+          }
+        }
       if (ran == 0) throw std::runtime_error("a barrier was not reached by all threads of its block or warp");
     }
   }
@@ -240,8 +244,9 @@ namespace pk::cuda {
 
 /// Blocks go to clusters of `cluster` neighbours, which run side by side.
 template <class... P>
-void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared, int cluster, cudaStream_t,
-                     std::common_type_t<P>... arguments) {
+void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared, int64_t most, int cluster,
+                     cudaStream_t, std::common_type_t<P>... arguments) {
+  if (int64_t(shared) > most) throw std::runtime_error("more shared memory than a block may have");
   const std::lock_guard<std::mutex> lock(emulated::one_launch);
   const std::function<void()> body = [&] { kernel(arguments...); };
   gridDim = grid;
@@ -261,7 +266,7 @@ void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared
 template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
             std::common_type_t<P>... arguments) {
-  launch_clusters(kernel, grid, threads, shared, 1, stream, arguments...);
+  launch_clusters(kernel, grid, threads, shared, int64_t(shared), 1, stream, arguments...);
 }
 
 /// There is one device.
