@@ -212,6 +212,8 @@ def test_the_commands(home, tmp_path):
     )
     assert f"adapter {home / 'a'}: " in text and "2 linear" in text and "1 embedding" in text
     assert "verified" in cli("verify", out)
+    card = (out / "README.md").read_text()
+    assert "with 2 adapter(s) merged" in card and "base_model:" not in card
     recipe = tmp_path / "r.yml"
     recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: '{base}+{home / 'a'}+{home / 'b'}'}}]\n")
     assert "+ r 4 + r 4" in cli("plan", recipe)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pykernels.engine.files import TORCH_DTYPE, FileError, inside, open_regular, shown
+from pykernels.engine.recipe import Reference
 from pykernels.engine.units import Plan
 
 CARD = "README.md"
@@ -101,7 +102,8 @@ def model_card(plan: Plan) -> str:
 
     names = [model.name for model in plan.models]
     head = {"library_name": "transformers", "tags": ["merge", "pykernels"]}
-    if hub := [name for name in names if not Path(name).is_dir()]:
+    bases = [Reference.of(name).model for name in names]
+    if hub := [name for name in dict.fromkeys(bases) if not Path(name).is_dir()]:
         head["base_model"] = hub
     listed = "\n".join(
         f"- `{model.name}`{f', with {len(model.adapters)} adapter(s) merged' if model.adapters else ''}"
