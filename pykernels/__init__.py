@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from pykernels.ops.linear_merge import linear_merge as linear_merge
     from pykernels.ops.log_softmax import log_softmax as log_softmax
     from pykernels.ops.logsumexp import logsumexp as logsumexp
+    from pykernels.ops.dora_norm import dora_norm as dora_norm
     from pykernels.ops.lora import LoRA as LoRA
+    from pykernels.ops.lora_linear import lora_linear as lora_linear
+    from pykernels.ops.lora_linear_grouped import lora_linear_grouped as lora_linear_grouped
     from pykernels.ops.softmax import softmax as softmax
     from pykernels.ops.task_arithmetic import task_arithmetic as task_arithmetic
     from pykernels.ops.ties_merge import ties_merge as ties_merge
@@ -35,12 +38,15 @@ _HOMES = {
         op: f"pykernels.ops.{op}"
         for op in (
             "dare_merge",
+            "dora_norm",
             "drop_rescale",
             "elect_sign",
             "kth_magnitude",
             "linear_merge",
             "log_softmax",
             "logsumexp",
+            "lora_linear",
+            "lora_linear_grouped",
             "softmax",
             "task_arithmetic",
             "ties_merge",

@@ -33,6 +33,7 @@ FLOORS = (
     ("methods",),
     ("ops",),
     ("library",),
+    ("lora_torch", "lora_cpu"),
     ("backends",),
     ("native", "cuda", "kernels", "check", "ref"),
     ("rows",),
