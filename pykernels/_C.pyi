@@ -132,6 +132,43 @@ def softmax_backward(
     scale: float,
     threads: int,
 ) -> None: ...
+def product(
+    out: tuple[int, int, int, int],
+    bias: int,
+    a: tuple[int, int, int, int],
+    b: tuple[int, int, int, int],
+    m: int,
+    n: int,
+    k: int,
+    rows: int,
+    extensions: list[tuple[int, int, int, tuple[int, int, int, int], tuple[int, int, int, int], float]],
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def shrink(
+    low: int,
+    low_stride: int,
+    a: tuple[int, int, int, int],
+    k: int,
+    rows: int,
+    parts: list[tuple[int, int, int, tuple[int, int, int, int]]],
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def reduce(
+    out: tuple[int, int, int, int],
+    begin: int,
+    end: int,
+    rank: int,
+    scale: float,
+    low: int,
+    low_stride: int,
+    a: tuple[int, int, int, int],
+    n: int,
+    rows: int,
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
 def count_nonfinite(dtype: int, data: int, numel: int) -> int: ...
 def ideal(out: int, inputs: list[int], bytes: int, threads: int) -> None: ...
 def advise_huge(data: int, bytes: int) -> None: ...

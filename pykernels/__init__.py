@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from pykernels.engine.run import merge_state_dicts as merge_state_dicts
     from pykernels.engine.verify import verify as verify
     from pykernels.ops.dare_merge import dare_merge as dare_merge
+    from pykernels.ops.dora_norm import dora_norm as dora_norm
     from pykernels.ops.drop_rescale import drop_rescale as drop_rescale
     from pykernels.ops.elect_sign import elect_sign as elect_sign
     from pykernels.ops.kth_magnitude import kth_magnitude as kth_magnitude
     from pykernels.ops.linear_merge import linear_merge as linear_merge
     from pykernels.ops.log_softmax import log_softmax as log_softmax
     from pykernels.ops.logsumexp import logsumexp as logsumexp
-    from pykernels.ops.dora_norm import dora_norm as dora_norm
     from pykernels.ops.lora import LoRA as LoRA
     from pykernels.ops.lora_linear import lora_linear as lora_linear
     from pykernels.ops.lora_linear_grouped import lora_linear_grouped as lora_linear_grouped

@@ -53,7 +53,11 @@ TABLE: dict[str, dict[str, str]] = {
 CPU_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
 TABLE |= {op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in CPU_ROWS}
 TABLE |= {
-    op: {"torch": f"pykernels.lora_torch:{op}", "ref": f"pykernels.ref.lora_blocks:{op}"}
+    op: {
+        "cpu": f"pykernels.lora_cpu:{op}",
+        "torch": f"pykernels.lora_torch:{op}",
+        "ref": f"pykernels.ref.lora_blocks:{op}",
+    }
     for op in ("lora_linear", "lora_linear_backward")
 }
 TABLE["dropout_mask"] = dict.fromkeys(("torch", "ref"), "pykernels.ref.lora_blocks:dropout_mask")

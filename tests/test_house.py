@@ -35,6 +35,7 @@ FLOORS = (
     ("library",),
     ("lora_torch", "lora_cpu"),
     ("backends",),
+    ("products",),
     ("native", "cuda", "kernels", "check", "ref"),
     ("rows",),
     ("_C", "_cuda", "cut", "grouping"),
