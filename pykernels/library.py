@@ -31,8 +31,8 @@ def define(
 ) -> None:
     """Define ``op`` and, where ``out``, its overload that fills a tensor.
 
-    ``arguments`` is the schema's list, ``returns`` its result. ``run`` takes them by name, and ``out`` too; ``fake`` does the same
-    with tensors that have no data: it checks, and returns an empty result.
+    ``arguments`` is the schema's list, ``returns`` its result. ``run`` takes them by name, and ``out`` too;
+    ``fake`` does the same with tensors that have no data: it checks, and returns an empty result.
     """
     _LIBRARY.define(f"{op}({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(op, run, "CompositeExplicitAutograd")

@@ -8,6 +8,7 @@ are float32 ones with dropout, whose mask is drawn where x is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -61,16 +62,16 @@ def lora_linear_backward(
     drop = (threshold, key, x.shape[1])
     if by_weight is not None:
         products.product(by_weight, grad.t(), x, None, [], [], None)
-    for low, (start, end), to, (_, _, s) in zip([h] * len(adapters), segments, by_b, adapters, strict=True):
+    for segment, to, (_, _, s) in zip(segments, by_b, adapters, strict=True):
         if to is not None:
-            products.reduce(to.t(), low, grad, rows, (start, end), s)
+            products.reduce(to.t(), h, grad, rows, segment, s)
     if by_x is None and not any(to is not None for to in by_a):
         return
     by_h = torch.empty_like(h)
     products.shrink(by_h, grad, rows, segments, [b for _, b, _ in adapters])
-    for (start, end), to, (_, _, s) in zip(segments, by_a, adapters, strict=True):
+    for segment, to, (_, _, s) in zip(segments, by_a, adapters, strict=True):
         if to is not None:
-            products.reduce(to, by_h, x, rows, (start, end), s, drop)
+            products.reduce(to, by_h, x, rows, segment, s, drop)
     if by_x is not None:
         down = [(by_h, a, s) for a, _, s in adapters]
         products.product(by_x, grad, weight, rows, segments, down, None, drop)
@@ -86,4 +87,4 @@ def _sorted(index: torch.Tensor | None, adapters: int, m: int) -> tuple[torch.Te
         return None, [(0, m)]
     counts = torch.bincount(index + 1, minlength=adapters + 1)
     ends = counts.cumsum(0).tolist()
-    return torch.argsort(index, stable=True), list(zip(ends[:-1], ends[1:], strict=True))
+    return torch.argsort(index, stable=True), list(pairwise(ends))

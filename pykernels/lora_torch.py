@@ -88,7 +88,7 @@ def rows_of(index: torch.Tensor | None, adapters: int) -> Iterator[torch.Tensor 
         return
     order = torch.argsort(index, stable=True)
     counts = torch.bincount(index + 1, minlength=adapters + 1).tolist()
-    yield from order.split(counts)[1:]
+    yield from torch.split(order, counts)[1:]
 
 
 def _of(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

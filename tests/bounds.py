@@ -122,14 +122,14 @@ DEPTH = 256
 
 
 def chain(terms: int) -> int:
-    """Roundings that a term of a product of ours passes: its chain of fused multiply-adds, then block sums."""
+    """Roundings that a term of a product of ours passes: its chain of multiply-adds, then sums of chains."""
     return min(terms, DEPTH) + -(-terms // DEPTH)
 
 
 def assert_within_sum(out: torch.Tensor, truth: torch.Tensor, size: torch.Tensor, roundings: int) -> None:
-    """A float32 sum whose terms pass ``roundings`` roundings and add up to ``size`` in magnitude, rounded once.
+    """A float32 sum, rounded once: its terms pass ``roundings`` roundings, their magnitudes add up to ``size``.
 
-    |sum - truth| <= g size + roundings * eta, with g = n u / (1 - n u): what every order of operations keeps.
+    |sum - truth| <= g size + 2 n eta, with g = n u / (1 - n u): what every order of operations keeps.
     """
     g = roundings * U / (1 - roundings * U)
     room = g * size + roundings * 2 * ETA
@@ -139,6 +139,6 @@ def assert_within_sum(out: torch.Tensor, truth: torch.Tensor, size: torch.Tensor
     if len(bad):
         i = int(bad[0])
         raise AssertionError(
-            f"{len(bad)} of {out.numel()} elements outside the bound, first at {i}: got "
-            f"{out.reshape(-1)[i]:.9g}, truth {truth.reshape(-1)[i]:.9g}, allowed {allowed.reshape(-1)[i]:.3g}"
+            f"{len(bad)} of {out.numel()} elements outside the bound, first at {i}: off by "
+            f"{off.reshape(-1)[i]:.3g} from {truth.reshape(-1)[i]:.9g}, allowed {allowed.reshape(-1)[i]:.3g}"
         )

@@ -10,6 +10,8 @@ from pykernels.ops.draws import STEPS
 
 def layer(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """x [*, K] of a float dtype; weight [N, K] and bias [N] of the same dtype and device."""
+    if isinstance(x, torch.Tensor) and x.dtype not in check.FLOAT_DTYPES:
+        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     check.row_input(op, x, None)
     if not x.dim():
         raise ValueError(f"{op}: x must have at least one dimension, got shape []")

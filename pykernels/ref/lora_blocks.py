@@ -68,12 +68,9 @@ def lora_linear_backward(
             by_x[rows] = round_once(found.x, by_x.dtype)
         parts = [found.weight, *found.A, *found.B]
         sums = parts if sums is None else [s + p for s, p in zip(sums, parts, strict=True)]
-    targets = [by_weight, *by_a, *by_b]
-    for target, total in zip(targets, sums or [0.0] * len(targets), strict=True):
+    for i, target in enumerate([by_weight, *by_a, *by_b]):
         if target is not None:
-            target.copy_(
-                round_once(total, target.dtype) if isinstance(total, torch.Tensor) else target.zero_()
-            )
+            target.copy_(round_once(sums[i], target.dtype) if sums else torch.zeros_like(target))
 
 
 def _blocks(x: torch.Tensor) -> Iterator[tuple[slice, int]]:

@@ -74,7 +74,10 @@ def dora_norm(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """weight [N, K], lora_A [r, K], lora_B [N, r] -> the norms [N] of the rows of W + s B A, float64."""
-    return (weight.double() + scaling * (lora_B.double() @ lora_A.double())).norm(dim=1)
+    norm: torch.Tensor = torch.linalg.vector_norm(
+        weight.double() + scaling * (lora_B.double() @ lora_A.double()), dim=1
+    )
+    return norm
 
 
 def _dropped(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
