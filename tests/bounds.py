@@ -127,7 +127,7 @@ def chain(terms: int) -> int:
 
 
 def assert_within_sum(out: torch.Tensor, truth: torch.Tensor, size: torch.Tensor, roundings: int) -> None:
-    """A float32 sum, rounded once: its terms pass ``roundings`` roundings, their magnitudes add up to ``size``.
+    """A float32 sum, rounded once: its terms pass ``roundings`` roundings and add up to ``size`` in size.
 
     |sum - truth| <= g size + 2 n eta, with g = n u / (1 - n u): what every order of operations keeps.
     """
