@@ -36,6 +36,10 @@ def lora_linear(
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+    if index is None and threshold == ALL and h.dtype == x.dtype == adapters[0][0].dtype:
+        a, b, scaling = adapters[0]
+        out.addmm_(torch.mm(x, a.t(), out=h), b.t(), alpha=scaling)
+        return
     dropped = _dropped(x, threshold, key)
     for (a, b, scaling), rows in zip(adapters, rows_of(index, len(adapters)), strict=True):
         low = linear(_of(dropped, rows).to(a.dtype), a)

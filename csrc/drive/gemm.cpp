@@ -111,11 +111,29 @@ class RowsOfProduct {
     return n1 < last ? ahead(job_.b, 0, depth(0), n1, last) : kNothing;
   }
 
+  /// Asks for a share of what the extensions will read: many adapters together are much.
+  void ask(int64_t step, int64_t steps, int64_t n0, int64_t n1) const {
+    const int64_t count = int64_t(job_.extensions.size());
+    for (int64_t i = step * count / steps; i < (step + 1) * count / steps; i++) {
+      const Extension& e = job_.extensions[size_t(i)];
+      const cpu::Ahead a = ahead(e.high, 0, e.rank, n0, n1);
+      if (e.begin >= i1_ || e.end <= i0_) continue;
+      for (int64_t row = 0; row < a.rows; row++)
+        for (int64_t line = 0; line < a.lines; line++)
+          __builtin_prefetch(a.data + row * a.step + line * 64, 0, 2);
+    }
+  }
+
   void columns(int64_t n0, int64_t n1, float* sums, float* panels, float* room) {
     if (!blocks_) memset(sums, 0, size_t(count_ * kGemmWidth) * sizeof(float));
-    if (dots_ && blocks_) kernels().gemm_dots(job_.b, n0, n1, wide(), count_, stride_, job_.k, sums);
+    const int64_t steps = dots_ ? 1 : blocks_;
+    if (dots_ && blocks_) {
+      ask(0, steps, n0, n1);
+      kernels().gemm_dots(job_.b, n0, n1, wide(), count_, stride_, job_.k, sums);
+    }
     for (int64_t block = 0; block < blocks_ && !dots_; block++) {
       const int64_t k = block * kGemmDepth;
+      ask(block, steps, n0, n1);
       kernels().gemm_pack(job_.b, nullptr, k, k + depth(block), n0, n1, 1, nullptr, panels);
       kernels().gemm_multiply(wide() + block * count_ * kGemmDepth, count_, panels, n1 - n0, depth(block),
                               sums, block > 0, next(block, n0, n1));

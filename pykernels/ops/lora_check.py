@@ -32,8 +32,32 @@ def factors(
         raise TypeError(f"{op}: {names[1]} must have {names[0]}'s dtype {a.dtype}, got {b.dtype}")
 
 
+def fits(x: torch.Tensor, weight: torch.Tensor, *low: torch.Tensor) -> bool:
+    """Whether a call is an everyday one: plain CPU tensors of one dtype, adapters A and B that fit.
+
+    Where not, :func:`layer` and :func:`factors` find the words or that all is well; they take longer than a
+    small product.
+    """
+    dtype = x.dtype if type(x) is torch.Tensor and x.is_cpu else None
+    if dtype not in check.FLOAT_DTYPES or not x.dim():
+        return False
+    for t in (x, weight, *low):
+        if type(t) not in _KINDS or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided:
+            return False
+    n, k = weight.shape if weight.dim() == 2 else (-1, -1)
+    return x.shape[-1] == k and all(
+        a.dim() == b.dim() == 2 and a.shape[1] == k and b.shape == (n, a.shape[0]) and a.shape[0] > 0
+        for a, b in zip(low[::2], low[1::2], strict=True)
+    )
+
+
+_KINDS = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
 def keeping(op: str, dropout: float) -> int:
     """How many of the 65536 values of a draw keep an element."""
+    if dropout == 0.0 and type(dropout) is float:
+        return STEPS
     p = check.number(op, "dropout", dropout)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout must lie in [0, 1], got {p}")

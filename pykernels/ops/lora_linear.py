@@ -52,8 +52,9 @@ def lora_linear(
     if not traced:
         scaling = check.number(OP, "scaling", scaling)
     threshold = lora_check.keeping(OP, dropout)
-    lora_check.layer(OP, x, weight, bias)
-    lora_check.factors(OP, ("lora_A", "lora_B"), x, weight, lora_A, lora_B)
+    if traced or bias is not None or not lora_check.fits(x, weight, lora_A, lora_B):
+        lora_check.layer(OP, x, weight, bias)
+        lora_check.factors(OP, ("lora_A", "lora_B"), x, weight, lora_A, lora_B)
     scaling = scaling * rescale_factor(threshold, "density")
     drops = threshold < lora_pass.ALL
     if not library.needed(x, weight, lora_A, lora_B, bias):

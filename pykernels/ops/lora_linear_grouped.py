@@ -15,6 +15,8 @@ from pykernels.ops import lora_check, lora_pass
 from pykernels.ops.lora import LoRA
 
 OP = "lora_linear_grouped"
+_LARGE = 2.0**100
+"""Scalings below this need no closer look."""
 
 
 def lora_linear_grouped(
@@ -59,6 +61,8 @@ def _examine(x: torch.Tensor, weight: torch.Tensor, adapters: Sequence[LoRA]) ->
     if isinstance(adapters, torch.Tensor | LoRA) or not isinstance(adapters, Sequence):
         raise TypeError(f"{OP}: adapters must be a sequence of LoRA, got {type(adapters).__name__}")
     for i, adapter in enumerate(adapters):
+        if not is_compiling() and _everyday(adapter) and lora_check.fits(x, weight, *adapter[:2]):
+            continue
         name = f"adapters[{i}]"
         if not isinstance(adapter, LoRA):
             raise TypeError(f"{OP}: {name} must be a LoRA, got {type(adapter).__name__}")
@@ -71,6 +75,11 @@ def _examine(x: torch.Tensor, weight: torch.Tensor, adapters: Sequence[LoRA]) ->
                 "merge it, or use lora_linear and dora_norm"
             )
     return adapters
+
+
+def _everyday(adapter: LoRA) -> bool:
+    plain = type(adapter) is LoRA and adapter.magnitude is None
+    return plain and type(adapter.scaling) is float and abs(adapter.scaling) < _LARGE
 
 
 def _examine_index(x: torch.Tensor, index: torch.Tensor, count: int) -> None:

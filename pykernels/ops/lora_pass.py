@@ -31,12 +31,13 @@ def forward(
     key: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y [*, N] of x's dtype, h [M, largest rank] that the gradient wants); arguments were checked."""
-    rows = _rows(x)
+    rows = x if x.dim() == 2 and not x.is_neg() else _rows(x)
     y = backends.fresh((rows.shape[0], weight.shape[0]), x.dtype, x.device)
-    h = _low(rows, [a for a, _, _ in adapters])
+    low = _low if index is None else _no_low
+    h = low(rows, [a for a, _, _ in adapters])
     if y.numel():
         backends.call(OPERATOR, x)(y, h, rows, weight, adapters, index, bias, threshold, key)
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), h
 
 
 def operator(
@@ -73,7 +74,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _low(rows: torch.Tensor, lora_a: Sequence[torch.Tensor]) -> torch.Tensor:
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows.new_zeros((rows.shape[0], max((a.shape[0] for a in lora_a), default=0)), dtype=wide)
+    rank = max((a.shape[0] for a in lora_a), default=0)
+    return torch.empty((rows.shape[0], rank), dtype=wide, device=rows.device)
+
+
+def _no_low(rows: torch.Tensor, lora_a: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Zeros: a row fills as much as its adapter's rank."""
+    return _low(rows, lora_a).zero_()
 
 
 def _zip(lora_a: Any, lora_b: Any, scaling: torch.Tensor) -> Adapters:
