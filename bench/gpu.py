@@ -1,7 +1,7 @@
 """What ``bench/device.sh`` measures, one part a process: ``python -m pykernels.bench.gpu PART --out FILE``.
 
-PART is table, peers or llama. The file is written anew after every row, so that a part that is stopped
-leaves what it had.
+PART is table, peers, llama or softmax. The file is written anew after every row, so that a part that is
+stopped leaves what it had.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pykernels.bench import gpu_cases, gpu_llama, gpu_peers, gpu_table
+from pykernels.bench import gpu_cases, gpu_llama, gpu_peers, gpu_softmax, gpu_table
 from pykernels.bench.gpu_clock import Clock, clock_of
 from pykernels.bench.report import rounded
 
@@ -26,12 +26,11 @@ def measure(part: str, clock: Clock, left: Callable[[], float], save: Callable[[
         found = gpu_llama.measure(clock, left=left)
         save(found)
         return found
-    rows = (
-        gpu_table.measure(gpu_cases.table(), clock, left=left)
-        if part == "table"
-        else gpu_peers.measure(gpu_cases.PEERS, clock, left=left)
-    )
-    return collect(rows, save)
+    if part == "table":
+        return collect(gpu_table.measure(gpu_cases.table(), clock, left=left), save)
+    if part == "softmax":
+        return collect(gpu_softmax.measure(gpu_cases.softmax(), clock, left=left), save)
+    return collect(gpu_peers.measure(gpu_cases.PEERS, clock, left=left), save)
 
 
 def collect(rows: Iterable[dict[str, Any]], save: Callable[[Part], None]) -> Part:
@@ -58,7 +57,7 @@ def line(row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one part and write it; 1 where a kernel of ours failed or gave other bits than the CPU's."""
     parser = argparse.ArgumentParser(prog="python -m pykernels.bench.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("table", "peers", "llama"))
+    parser.add_argument("part", choices=("table", "peers", "llama", "softmax"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seconds", type=float, default=120.0, help="after which no new row is begun")
     parser.add_argument("--device", default="cuda")

@@ -10,7 +10,7 @@ import torch
 
 from pykernels import backends
 from pykernels.bench import cases
-from pykernels.bench.inputs import Inputs, Spec
+from pykernels.bench.inputs import LOGITS, Inputs, Spec
 from pykernels.ops.kth_magnitude import counts
 from pykernels.ops.ties_pass import ties_pass
 
@@ -126,3 +126,30 @@ PEERS = (*_peers(SQUARE), *_peers(WIDE), *_peers(SQUARE, ("torch.compile",)))
 def table() -> list[tuple[Spec, list[Case]]]:
     """All groups as cases."""
     return [(spec, [Case(op, spec, options) for op, options in rows]) for spec, rows in GROUPS]
+
+
+_ELEMENTS = 1 << 26
+_LENGTHS = (1024, 4096, 131_072, 262_144, 16_384, 32_768, 65_536, 2048, 8192)
+VOCABULARY = 151_936
+
+
+def _logits(rows: int, n: int, dtype: torch.dtype, more: int = 0) -> Spec:
+    return Spec((rows, n), dtype, more, LOGITS)
+
+
+def softmax() -> list[tuple[Spec, list[Case]]]:
+    """Softmax by row length, at small batches of a whole vocabulary, and its gradients."""
+    found: list[tuple[Spec, str, Mapping[str, Any]]] = []
+    found += [(_logits(_ELEMENTS // n, n, d), "softmax", {}) for n in _LENGTHS[:4] for d in (BF16, FP32)]
+    found += [(_logits(rows, VOCABULARY, FP32), "softmax", {"temperature": 0.7}) for rows in (1, 16, 128)]
+    found += [
+        (_logits(_ELEMENTS // n, n, d, 1), f"{op}_backward", {})
+        for n, op in ((4096, "softmax"), (32_768, "softmax"), (4096, "log_softmax"))
+        for d in (BF16, FP32)
+    ]
+    found += [(_logits(_ELEMENTS // n, n, d), "softmax", {}) for n in _LENGTHS[4:] for d in (BF16, FP32)]
+    found += [
+        (_logits(16_384, 4096, FP32), "log_softmax", {}),
+        (_logits(16_384, 4096, FP32), "logsumexp", {}),
+    ]
+    return [(spec, [Case(op, spec, options)]) for spec, op, options in found]

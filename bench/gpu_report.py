@@ -23,6 +23,8 @@ def markdown(run: Run) -> str:
         parts += ["", *_targets(targets["rows"])]
     if rows := [row for row in run.get("table", {}).get("rows", ()) if "fastest" in row]:
         parts += ["", *_table(rows)]
+    if rows := [row for row in run.get("softmax", {}).get("rows", ()) if "fastest" in row]:
+        parts += ["", *_softmax(rows)]
     if whole := run.get("llama"):
         parts += ["", *_whole(whole)]
     if rows := [row for row in run.get("peers", {}).get("rows", ()) if row["peers"]]:
@@ -37,7 +39,7 @@ def _lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _targets(rows: Sequence[Row]) -> list[str]:
     said = (gpu_targets.words(row).split(": ", 2) for row in rows)
-    return _lines(("on one H200, bf16, base + 3 tuned", "must", "is"), said)
+    return _lines(("on one H200 (merges: bf16, base + 3 tuned)", "must", "is"), said)
 
 
 def _column(row: Row, backend: str) -> tuple[str, str]:
@@ -53,6 +55,15 @@ def _table(rows: Sequence[Row]) -> list[str]:
     cells = ((row["name"], *(cell for b in _COLUMNS for cell in _column(row, b))) for row in rows)
     rates = f"{min(copies):.0f} to {max(copies):.0f} GB/s, read and written"
     return [f"Device-to-device copy in the same run: {rates}.", "", *_lines(head, cells)]
+
+
+def _softmax(rows: Sequence[Row]) -> list[str]:
+    head = ("case", *(f"{b} {unit}" for b in _COLUMNS for unit in ("ms", "of copy")), "faster than")
+    cells = []
+    for row in rows:
+        beaten = ", ".join(f"{p['name']} {p['x']:.3g}x" for p in row["peers"] if "x" in p)
+        cells.append((row["name"], *(cell for b in _COLUMNS for cell in _column(row, b)), beaten))
+    return _lines(head, cells)
 
 
 def _whole(found: Row) -> list[str]:

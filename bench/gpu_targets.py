@@ -73,6 +73,31 @@ def _whole(run: Run) -> Found:
             yield title, min(ms)
 
 
+def _softmax(run: Run, op: str, least: int = 0, most: int = 1 << 40) -> Iterator[dict[str, Any]]:
+    """Rows of softmax by their length; those with a temperature are few rows of a vocabulary."""
+    for row in run.get("softmax", {}).get("rows", ()):
+        if row["op"] == op and "fastest" in row and least <= row["length"] <= most:
+            yield row
+
+
+def _softmax_share(least: int, most: int) -> Callable[[Run], Found]:
+    """Percent of the copy's bandwidth, of tensors that no cache holds."""
+    return lambda run: (
+        (r["name"], 100 * r["backends"][r["fastest"]]["of_copy"])
+        for r in _softmax(run, "softmax", least, most)
+        if "temperature" not in r["name"]
+    )
+
+
+def _softmax_ratio(peer: str, op: str, least: int = 0) -> Callable[[Run], Found]:
+    return lambda run: (
+        (r["name"], p["x"])
+        for r in _softmax(run, op, least)
+        for p in r["peers"]
+        if p["name"] == peer and "x" in p
+    )
+
+
 def _ratio(peer: str, op: str) -> Callable[[Run], Found]:
     """How many times longer a peer takes; nothing where it did not run."""
 
@@ -94,8 +119,18 @@ TARGETS = (
     Target("whole 8B layout, TIES, one CUDA graph", "ms", False, 80, 50, _whole),
     Target("against mergekit's TIES", "x", True, 30, None, _ratio("mergekit", "ties_merge")),
     Target("against mergekit's DARE", "x", True, 8, None, _ratio("mergekit", "dare_merge")),
+    Target("softmax, rows of 1024 to 131072", "% of copy", True, 85, 92, _softmax_share(1024, 131_072)),
+    Target("softmax, rows of 262144", "% of copy", True, 80, None, _softmax_share(262_144, 262_144)),
+    Target("softmax against torch, rows of 4096 or more", "x", True, 1.3, None,
+           _softmax_ratio("torch", "softmax", 4096)),
+    Target("softmax against torch.compile, rows of 128k or more", "x", True, 1.4, None,
+           _softmax_ratio("torch.compile", "softmax", 1 << 17)),
+    Target("softmax with temperature against copy, scale, torch", "x", True, 3, None,
+           _softmax_ratio("copy, scale, torch", "softmax")),
+    Target("softmax_backward against torch", "x", True, 1.5, None,
+           _softmax_ratio("torch", "softmax_backward")),
 )  # fmt: skip
-"""On one H200, bfloat16, base + 3 tuned, against the copy bandwidth measured in that run."""
+"""On one H200, against the copy bandwidth measured in that run; merges of base + 3 tuned in bfloat16."""
 
 
 def judge(run: Run) -> list[dict[str, Any]]:

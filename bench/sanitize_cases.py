@@ -7,6 +7,7 @@ CPU kernels' too. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an alloc
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import pykernels
 from pykernels import backends
 from pykernels.bench.gpu_table import able
 from pykernels.bench.inputs import Inputs, Spec, make
+from pykernels.bench.softmax_calls import agrees
 from pykernels.cut import Cut
 from pykernels.grouping import grouped
 
@@ -86,6 +88,50 @@ def _signs(function: Callable[..., Any], x: Inputs) -> Results:
     return outs
 
 
+def _softmax(function: Callable[..., Any], x: Inputs) -> Results:
+    """Plain, and with every option; rows, columns, rows on a cluster of blocks and rows in chunks."""
+    results = []
+    for z in _shapes(x.base):
+        keep, sink = z.abs() < 0.04, z[:, 0].float().contiguous()
+        for options in ((1.0, None, None, None, False), (0.5, 0.05, keep, sink, True)):
+            out = _odd(torch.full_like(z, float("nan")))
+            function(out, z, *options)
+            results.append(out)
+    return results
+
+
+def _log_softmax(function: Callable[..., Any], x: Inputs) -> Results:
+    return _softmax(lambda out, z, t, cap, keep, sink, safe: function(out, z, t, cap, keep, None, safe), x)
+
+
+def _logsumexp(function: Callable[..., Any], x: Inputs) -> Results:
+    outs = [_odd(torch.full_like(z[:, 0], float("nan"))) for z in _shapes(x.base)]
+    for out, z in zip(outs, _shapes(x.base), strict=True):
+        function(out, z, 0.5)
+    return outs
+
+
+def _row_gradient(function: Callable[..., Any], x: Inputs) -> Results:
+    outs = [_odd(torch.full_like(z, float("nan"))) for z in _shapes(x.base)]
+    for out, grad, y in zip(outs, _shapes(x.tuned[0]), _shapes(x.base), strict=True):
+        function(out, grad, y, 0.5)
+    return outs
+
+
+_LONG = 500_009
+"""Elements of a row that one block cannot hold: a cluster can in 16 bits, in float32 it goes in chunks."""
+
+
+def _shapes(values: torch.Tensor) -> list[torch.Tensor]:
+    """[outer, n, inner] at odd addresses; the long row where there is a device to run it."""
+    flat = values.view(-1)
+    shapes = [(1, flat.numel(), 1), (3, flat.numel() // 15, 5), (flat.numel() // 67, 67, 1)]
+    parts = [flat[: math.prod(shape)].view(shape) for shape in shapes]
+    if values.is_cuda and flat.numel() > 10_000:
+        parts.append(flat.repeat(_LONG // flat.numel() + 1)[:_LONG].view(1, -1, 1))
+    return [_odd(part) for part in parts]
+
+
 ROWS: dict[str, Row] = {
     "linear_merge": _linear,
     "task_arithmetic": _linear,
@@ -98,6 +144,11 @@ ROWS: dict[str, Row] = {
     "magnitude_histogram": lambda f, x: [f(x.base, x.tuned, 16, None), f(x.base, x.tuned, 0, [0x3A80] * 3)],
     "elect_sign": _signs,
     "trim": lambda f, x: [_merge(f, x, x.tuned[0], Cut([0x3C000000], [77]))],
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
+    "softmax_backward": _row_gradient,
+    "log_softmax_backward": _row_gradient,
     "drop_rescale": lambda f, x: [_merge(f, x, x.tuned[0], 30_000, 99, 2.0, 8192)],
 }
 """What each row of ``backends.TABLE`` is called with; a list of results to compare."""
@@ -116,10 +167,11 @@ def run(device: torch.device, say: Callable[[str], None] = print) -> int:
                         wanted = row(backends.call(op, on_cpu.base), on_cpu)
                     with pykernels.use_backend(backend):
                         got = row(backends.call(op, x.base), x)
-                    same = all(torch.equal(g.cpu(), w) for g, w in zip(got, wanted, strict=True))
+                    same = all(agrees(op, g.cpu(), w) for g, w in zip(got, wanted, strict=True))
                     wrong += not same
                     if not same:
-                        say(f"{op} on {backend}, {dtype}, {shape[1]} elements: other bits than the CPU's")
+                        about = f"{op} on {backend}, {dtype}, {shape[1]} elements"
+                        say(f"{about}: not what the CPU's kernels give")
             wrong += _groups(backend, dtype, device, say)
         say(f"{backend}: every row ran")
     return wrong

@@ -21,7 +21,7 @@ def logits(x: Inputs, options: Options) -> torch.Tensor:
 
 
 def _softmax(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
-    return pykernels.softmax(logits(x, o), o.get("dim", -1), out=out)
+    return pykernels.softmax(logits(x, o), o.get("dim", -1), temperature=o.get("temperature", 1.0), out=out)
 
 
 def _log_softmax(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
@@ -58,6 +58,24 @@ TRAFFIC: dict[str, Callable[[Spec], int]] = {
     "softmax_backward": lambda s: 3 * s.tensor_bytes,
     "log_softmax_backward": lambda s: 3 * s.tensor_bytes,
 }
+
+
+def agrees(op: str, got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether two kernels gave the same: to the bit, or for softmax within what the order of a sum may do.
+
+    That is one unit in the last place of 16 bits, 8 of float32, and what cancels in a logarithm or gradient.
+    """
+    if op not in CALLS:
+        return torch.equal(got, wanted)
+    if got.dtype != wanted.dtype:
+        return False
+    room = torch.finfo(got.dtype).eps * (8 if got.dtype == torch.float32 else 1)
+    least = torch.finfo(got.dtype).smallest_normal * room
+    if op in ("log_softmax", "logsumexp"):
+        least = 2.0**-21
+    elif op.endswith("_backward") and wanted.numel():
+        least = 1e-5 * float(wanted.abs().max())
+    return torch.allclose(got.double(), wanted.double(), rtol=room, atol=least, equal_nan=True)
 
 
 def in_torch(op: str, x: Inputs, options: Options) -> Callable[[], torch.Tensor]:

@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "cuda/kernels.h"
+#include "cuda/softmax.h"
 
 namespace py = pybind11;
 
@@ -145,6 +147,51 @@ void run(const Jobs& jobs, int dtype, int device, Address stream_at, Address tab
   work(Launch{launched, dtype, jobs[0]->head.n, int(jobs.size()), tiles(jobs), largest, stream});
 }
 
+bool to_elements(int dtype, Address address) { return divides(pk::dtype_size(dtype), address); }
+
+/// Shapes, dtypes and addresses of a call; nothing of the device is asked for.
+Softmax softmax_job(Address out, int out_dtype, Address x, int dtype, int64_t outer, int64_t n, int64_t inner,
+                    int kind, Address mask, int mask_kind, std::array<int64_t, 3> mask_stride, Address sink,
+                    std::array<int64_t, 2> sink_stride, float temperature, float softcap, bool safe) {
+  Softmax job{};
+  job.kind = kind;
+  job.out = at<void>(out);
+  job.x = at<void>(x);
+  job.out_dtype = out_dtype;
+  job.dtype = dtype;
+  job.outer = outer, job.n = n, job.inner = inner;
+  job.temperature = temperature;
+  job.reciprocal = temperature > 0x1p-20f && temperature < 0x1p20f ? 1 / temperature : 0;
+  job.softcap = softcap;
+  job.mask = at<void>(mask);
+  job.mask_kind = mask_kind;
+  std::copy(mask_stride.begin(), mask_stride.end(), job.mask_stride);
+  job.sink = at<float>(sink);
+  std::copy(sink_stride.begin(), sink_stride.end(), job.sink_stride);
+  job.safe = safe;
+  job.plain = temperature == 1 && softcap == 0 && mask_kind == kNoMask;
+  job.aligned = to_elements(dtype, x);
+  job.out_aligned = to_elements(out_dtype, out);
+  job.mask_aligned = mask_kind == kNoMask || mask_kind == kBoolMask || to_elements(mask_kind, mask);
+  return job;
+}
+
+SoftmaxBackward backward_job(Address out, int out_dtype, Address grad, int grad_dtype, Address y, int dtype,
+                             int64_t outer, int64_t n, int64_t inner, int kind, float scale) {
+  SoftmaxBackward job{};
+  job.kind = kind;
+  job.out = at<void>(out);
+  job.grad = at<void>(grad);
+  job.y = at<void>(y);
+  job.out_dtype = out_dtype, job.grad_dtype = grad_dtype, job.dtype = dtype;
+  job.outer = outer, job.n = n, job.inner = inner;
+  job.scale = scale;
+  job.aligned = to_elements(dtype, y);
+  job.grad_aligned = to_elements(grad_dtype, grad);
+  job.out_aligned = to_elements(out_dtype, out);
+  return job;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(PK_MODULE, m) {
@@ -194,9 +241,30 @@ PYBIND11_MODULE(PK_MODULE, m) {
         [](const Jobs& jobs, int dtype, int device, Address stream, Address table, int combine) {
           run(jobs, dtype, device, stream, table, [&](const Launch& l) { elect_sign(l, combine); });
         });
+  py::class_<Softmax>(m, "Softmax")
+      .def(py::init(&softmax_job))
+      .def("scratch", [](const Softmax& job, int device) { return softmax_scratch(job, device); })
+      .def("run", [](const Softmax& job, int device, Address stream, Address scratch) {
+        const py::gil_scoped_release release;
+        const OnDevice here(device);
+        softmax(job, at<void>(scratch), device, at_stream(stream));
+      });
+  py::class_<SoftmaxBackward>(m, "SoftmaxBackward")
+      .def(py::init(&backward_job))
+      .def("scratch", [](const SoftmaxBackward& job, int device) { return softmax_scratch(job, device); })
+      .def("run", [](const SoftmaxBackward& job, int device, Address stream, Address scratch) {
+        const py::gil_scoped_release release;
+        const OnDevice here(device);
+        softmax_backward(job, at<void>(scratch), device, at_stream(stream));
+      });
   m.def("memory", &memory);
   m.def("unavailable", &unavailable);
 #ifdef PK_EMULATED
   m.def("reverse", [](bool on) { pk::emulated::reverse = on; });
+  m.def("regimes",
+        [](int64_t share, int64_t most, int64_t chunk, int64_t column_chunk, int64_t chunks, bool clusters) {
+          regimes = {share, most, chunk, column_chunk, chunks};
+          limits.clusters = clusters;
+        });
 #endif
 }

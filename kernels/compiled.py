@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -33,8 +34,11 @@ from pykernels.kernels import (
     linear_merge,
     merge_loop,
     rounds,
+    row_shapes,
     sample,
     selection,
+    softmax,
+    softmax_backward,
     table,
     ties_merge,
 )
@@ -53,13 +57,15 @@ class Configuration(NamedTuple):
     arguments: dict[str, str]
     constants: dict[str, object]
     warps: int
+    fused: bool = False
+    """Whether it names fused operations itself; then no other is looked for."""
 
     def __str__(self) -> str:
         named = [f"{k}={getattr(v, 'name', v)}" for k, v in self.constants.items() if k in VARIANTS]
         return " ".join([self.kernel.__name__, *named])
 
 
-VARIANTS = ("IN", "MODELS", "COMBINE", "KEEP", "ALIGN")
+VARIANTS = ("IN", "MODELS", "COMBINE", "KEEP", "ALIGN", "KIND", "LOG", "CAPPED", "FORM", "LINES", "N")
 
 
 class Usage(NamedTuple):
@@ -81,6 +87,8 @@ def configurations() -> Iterator[Configuration]:
         yield from merges(dtype)
         yield from selections(dtype)
         yield from statistics(dtype)
+    yield from softmaxes()
+    yield from softmax_gradients()
 
 
 def merges(dtype: tl.dtype) -> Iterator[Configuration]:
@@ -133,6 +141,68 @@ def statistics(dtype: tl.dtype) -> Iterator[Configuration]:
     )
 
 
+ROWS = {name: "i64" for name in (*softmax.NUMBERS, *softmax_backward.NUMBERS)}
+ROWS |= {"safe": "i32", "temperature": "fp32", "softcap": "fp32", "scale": "fp32", "mosts": "*fp32"}
+
+
+def rows(
+    kernel: Any,
+    sizes: tuple[int, int, int],
+    reach: row_shapes.Reach,
+    dtype: tl.dtype,
+    sums: str = "*i64",
+    **fixed: object,
+) -> Configuration:
+    """A kernel over rows [outer, n, inner], aligned, of one dtype."""
+    n = sizes[1]
+    shape = row_shapes.shape_of(torch.Size(sizes), reach)
+    constants = {**fixed, "IN": dtype, "TO": dtype, **shape.fixed(16)}
+    warps = constants.pop("num_warps")
+    if "FULL" in kernel.arg_names:
+        constants["FULL"] = n == shape.tile
+    taken = {name: kind for name, kind in {**ROWS, "sums": sums}.items() if name in kernel.arg_names}
+    return Configuration(kernel, taken, constants, warps, fused=True)
+
+
+def softmaxes() -> Iterator[Configuration]:
+    """softmax and its kin in every regime, with and without what fills most registers."""
+    plain: dict[str, object] = {
+        "SINK": False, "MASK": None, "CAPPED": False, "TEMPERED": False, "DENSE": False, "MASK_ALIGN": 1
+    }  # fmt: skip
+    sampled = {**plain, "TEMPERED": True}
+    masked = {**sampled, "SINK": True, "MASK": tl.int1, "DENSE": True, "MASK_ALIGN": 16}
+    capped = {**masked, "CAPPED": True}
+    kinds = (softmax.SOFTMAX.value, softmax.LOG.value)
+    for kernel, sizes, dtype, kind, options in (
+        (softmax._whole, (4096, 60, 1), tl.float32, 1, plain),
+        (softmax._whole, (4096, 4096, 1), tl.float32, 0, plain),
+        (softmax._whole, (4096, 16000, 1), tl.bfloat16, 0, masked),
+        (softmax._whole, (4096, 4000, 1), tl.bfloat16, 0, capped),
+        (softmax._whole, (64, 512, 4096), tl.float32, 0, plain),
+        (softmax._walked, (64, 131072, 1), tl.float32, 1, plain),
+        (softmax._walked, (64, 131072, 1), tl.bfloat16, 0, masked),
+        (softmax._walked, (64, 4096, 4096), tl.float32, 0, plain),
+        (softmax._chunked, (8, 151936, 1), tl.float32, 0, sampled),
+        (softmax._joined, (8, 151936, 1), tl.float32, 0, sampled),
+    ):
+        degree = 6 if kind or dtype == tl.float32 else 4
+        reach = row_shapes.CAPPED if options is capped else row_shapes.FORWARD
+        yield rows(kernel, sizes, reach, dtype, KIND=kinds[kind], DEGREE=degree, **options)
+
+
+def softmax_gradients() -> Iterator[Configuration]:
+    """The gradients of softmax and log_softmax in every regime."""
+    for kernel, sizes, dtype, log in (
+        (softmax_backward._whole, (4096, 16384, 1), tl.float32, False),
+        (softmax_backward._whole, (4096, 16000, 1), tl.bfloat16, True),
+        (softmax_backward._whole, (64, 512, 4096), tl.float32, True),
+        (softmax_backward._walked, (64, 131072, 1), tl.bfloat16, True),
+        (softmax_backward._summed, (8, 151936, 1), tl.float32, False),
+        (softmax_backward._written, (8, 151936, 1), tl.float32, True),
+    ):
+        yield rows(kernel, sizes, row_shapes.BACKWARD, dtype, "*fp64", LOG=log, BY=dtype)
+
+
 def usage(configuration: Configuration, architecture: int) -> Usage:
     """Compile one configuration. Pointers are aligned: they are tables and allocations of torch."""
     names = list(configuration.kernel.arg_names)
@@ -151,7 +221,8 @@ def usage(configuration: Configuration, architecture: int) -> Usage:
             [tool, "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
         ).stdout
     registers, stack = (int(re.findall(rf"\b{what}:(\d+)", said)[-1]) for what in ("REG", "STACK"))
-    return Usage(registers, stack, re.findall(r"\bfma\.\S+", kernel.asm["ptx"]))
+    fused = [] if configuration.fused else re.findall(r"\bfma\.\S+", kernel.asm["ptx"])
+    return Usage(registers, stack, fused)
 
 
 def usages() -> Iterator[tuple[Configuration, list[Usage]]]:

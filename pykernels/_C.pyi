@@ -1,4 +1,9 @@
-"""Types of the compiled module: addresses, sizes and codes; see csrc/bindings.cpp."""
+"""Types of the compiled module: addresses, sizes and codes; see csrc/bindings.cpp and bindings_tensors.cpp."""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+
+import torch
 
 def linear_merge(
     out: int,
@@ -169,6 +174,15 @@ def reduce(
     drop: tuple[int, int, int],
     threads: int,
 ) -> None: ...
+def lend_tensors(
+    kind: type[torch.Tensor],
+    forced: ContextVar[str | None],
+    empty_like: Callable[..., torch.Tensor],
+    written: Callable[..., None],
+    threads: Callable[[], int],
+) -> bool: ...
+def softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
+def log_softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
 def count_nonfinite(dtype: int, data: int, numel: int) -> int: ...
 def ideal(out: int, inputs: list[int], bytes: int, threads: int) -> None: ...
 def advise_huge(data: int, bytes: int) -> None: ...

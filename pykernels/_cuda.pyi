@@ -21,6 +21,47 @@ class Job:
     def select(self, k: list[int], scratch: int) -> None: ...
     def grad(self, grad: int, dtype: int) -> None: ...
 
+class Softmax:
+    def __init__(
+        self,
+        out: int,
+        out_dtype: int,
+        x: int,
+        dtype: int,
+        outer: int,
+        n: int,
+        inner: int,
+        kind: int,
+        mask: int,
+        mask_kind: int,
+        mask_stride: tuple[int, int, int],
+        sink: int,
+        sink_stride: tuple[int, int],
+        temperature: float,
+        softcap: float,
+        safe: bool,
+    ) -> None: ...
+    def scratch(self, device: int) -> int: ...
+    def run(self, device: int, stream: int, scratch: int) -> None: ...
+
+class SoftmaxBackward:
+    def __init__(
+        self,
+        out: int,
+        out_dtype: int,
+        grad: int,
+        grad_dtype: int,
+        y: int,
+        dtype: int,
+        outer: int,
+        n: int,
+        inner: int,
+        kind: int,
+        scale: float,
+    ) -> None: ...
+    def scratch(self, device: int) -> int: ...
+    def run(self, device: int, stream: int, scratch: int) -> None: ...
+
 def table_bytes(jobs: list[Job]) -> int: ...
 def kth_scratch(numel: int, n: int) -> int: ...
 def linear_merge(jobs: list[Job], dtype: int, device: int, stream: int, table: int) -> None: ...

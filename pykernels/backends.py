@@ -50,8 +50,15 @@ TABLE: dict[str, dict[str, str]] = {
     }
     for op in ROWS
 }
-CPU_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
-TABLE |= {op: {"cpu": f"pykernels.native:{op}", "ref": f"pykernels.ref.blocks:{op}"} for op in CPU_ROWS}
+SOFTMAX_ROWS = ("softmax", "log_softmax", "logsumexp", "softmax_backward", "log_softmax_backward")
+_SOFTMAX = {
+    "cpu": "pykernels.native",
+    "cuda": "pykernels.cuda",
+    "triton": "pykernels.kernels.softmax",
+    "ref": "pykernels.ref.blocks",
+}
+"""The module of a backend that holds all rows of softmax."""
+TABLE |= {op: {backend: f"{module}:{op}" for backend, module in _SOFTMAX.items()} for op in SOFTMAX_ROWS}
 TABLE |= {
     op: {
         "cpu": f"pykernels.lora_cpu:{op}",
@@ -200,6 +207,18 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
     if function is None:
         raise RuntimeError(f"{op}: no backend has it for {like.dtype} on {like.device.type}")
     return function
+
+
+def everyday(op: str) -> Callable[..., torch.Tensor | None]:
+    """The compiled call (x, dim, out) of softmax or log_softmax without options.
+
+    It asks the tensors what it must know by itself, and returns None, with nothing done, where a question is
+    open or a backend forced: what checks everything takes longer than a small softmax.
+    """
+    if missing("cpu"):
+        return lambda x, dim, out: None
+    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(op, _forced)
+    return run
 
 
 def chosen(op: str, like: torch.Tensor) -> str | None:

@@ -13,7 +13,10 @@ import torch
 
 from pykernels import _cuda, grouping
 from pykernels.cut import Cut
-from pykernels.rows import CODES, COMBINE, NONE_KEPT, SUM_BLOCK, through_float32
+from pykernels.rows import CODES, COMBINE, MASKS, NONE_KEPT, SUM_BLOCK, through_float32
+
+SOFTMAX_KINDS = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}
+"""As ``SoftmaxKind`` in csrc/cuda/softmax.h."""
 
 Tensors = Sequence[torch.Tensor]
 Numbers = list[float] | torch.Tensor | None
@@ -194,6 +197,114 @@ def drop_rescale(
 ) -> None:
     """scale * delta where kept, 0 elsewhere."""
     dare_merge(out, None, [delta], [threshold], [0], key, [scale], None, None, 1.0, None, offset)
+
+
+def softmax(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    safe: bool,
+) -> None:
+    """out = softmax over the middle of x [outer, n, inner]; mask as x, sink [outer, inner]."""
+    _softmax("softmax", out, x, temperature, softcap, mask, sink, safe)
+
+
+def log_softmax(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sink: None,
+    safe: bool,
+) -> None:
+    """The logarithm of :func:`softmax`."""
+    _softmax("log_softmax", out, x, temperature, softcap, mask, sink, safe)
+
+
+def logsumexp(out: torch.Tensor, x: torch.Tensor, temperature: float) -> None:
+    """out [outer, inner] = log(sum(exp(x / temperature))) over the middle of x [outer, n, inner]."""
+    _softmax("logsumexp", out, x, temperature, None, None, None, False)
+
+
+def _softmax(
+    op: str,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    safe: bool,
+) -> None:
+    outer, n, inner = x.shape
+    mask_stride = (0, 0, 0) if mask is None else mask.stride()
+    job = _cuda.Softmax(
+        out.data_ptr(),
+        CODES[out.dtype],
+        x.data_ptr(),
+        CODES[x.dtype],
+        outer,
+        n,
+        inner,
+        SOFTMAX_KINDS[op],
+        0 if mask is None else mask.data_ptr(),
+        -1 if mask is None else MASKS[mask.dtype],
+        (mask_stride[0], mask_stride[1], mask_stride[2]),
+        0 if sink is None else sink.data_ptr(),
+        (0, 0) if sink is None else (sink.stride(0), sink.stride(1)),
+        temperature,
+        softcap or 0.0,
+        safe,
+    )
+    _run_rows(op, job, x)
+
+
+def softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+    """out = scale * y * (grad - sum(grad * y)) over the middle of [outer, n, inner]."""
+    _softmax_backward("softmax_backward", 0, out, grad, y, scale)
+
+
+def log_softmax_backward(out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+    """out = scale * (grad - exp(y) * sum(grad)) over the middle of [outer, n, inner]."""
+    _softmax_backward("log_softmax_backward", 1, out, grad, y, scale)
+
+
+def _softmax_backward(
+    op: str, kind: int, out: torch.Tensor, grad: torch.Tensor, y: torch.Tensor, scale: float
+) -> None:
+    outer, n, inner = y.shape
+    job = _cuda.SoftmaxBackward(
+        out.data_ptr(),
+        CODES[out.dtype],
+        grad.data_ptr(),
+        CODES[grad.dtype],
+        y.data_ptr(),
+        CODES[y.dtype],
+        outer,
+        n,
+        inner,
+        kind,
+        scale,
+    )
+    _run_rows(op, job, y)
+
+
+def _run_rows(op: str, job: _cuda.Softmax | _cuda.SoftmaxBackward, like: torch.Tensor) -> None:
+    """Raises RuntimeError with op, shape and CUDA's error. Memory for sums only where rows are split."""
+    device, stream = _place(like.device)
+    nbytes = job.scratch(device)
+    scratch = torch.empty(nbytes, dtype=torch.uint8, device=like.device) if nbytes else None
+    try:
+        job.run(device, stream, 0 if scratch is None else scratch.data_ptr())
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{op}: launch on {like.device} for a {like.dtype} tensor of shape {list(like.shape)} failed: "
+            f"{error}"
+        ) from None
 
 
 def _pack(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -252,6 +252,17 @@ def _softmax(
         safe,
         threads(),
     )
+
+
+def everyday(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor | None]:
+    """The call (x, dim, out) of softmax or log_softmax that leaves what it does not take, returning None.
+
+    It reads tensors by DLPack's exchange protocol, which answers in nanoseconds what attributes answer in a
+    microsecond. A torch that does not speak it (older than 2.10) has all its calls left.
+    """
+    written = torch.autograd.graph.increment_version
+    _C.lend_tensors(torch.Tensor, forced, torch.empty_like, written, threads)
+    return {"softmax": _C.softmax_rows, "log_softmax": _C.log_softmax_rows}[op]
 
 
 def softmax(

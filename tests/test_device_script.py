@@ -270,6 +270,14 @@ RUN = {
     "peers": {"rows": [
         {"name": "ties", "op": "ties_merge", "ms": 0.2, "peers": [
             {"name": "mergekit", "x": 44.0}, {"name": "peft", "missing": "not installed"}]}]},
+    "softmax": {"rows": [
+        {"name": "softmax 512x131072 fp32", "op": "softmax", "length": 131072, "fastest": "cuda",
+         "copy_gbs": 4300, "backends": {"cuda": {"ms": 1.0, "of_copy": 0.9}, "triton": {"error": "no"}},
+         "peers": [{"name": "torch", "x": 1.6}, {"name": "torch.compile", "x": 1.3},
+                   {"name": "quack", "missing": "not installed"}]},
+        {"name": "softmax 1x151936 fp32 temperature=0.7", "op": "softmax", "length": 151936,
+         "fastest": "cuda", "copy_gbs": 4300, "backends": {"cuda": {"ms": 0.1, "of_copy": 0.1}},
+         "peers": [{"name": "copy, scale, torch", "x": 5.0}]}]},
     "llama": {"parameters": 8030000000, "about": "32 layers", "one_pass_ms": 18.0, "methods": {
         "ties d=0.2": {"cuda": {"ms": 45.0}, "triton": {"ms": 55.0}}}},
 }  # fmt: skip
@@ -285,6 +293,12 @@ def test_targets_are_judged_on_the_faster_backend():
     whole = judged["whole 8B layout, TIES, one CUDA graph"]
     assert (whole["met"], whole["aim_met"], whole["value"]) == (True, True, 45.0)
     assert judged["against mergekit's TIES"]["met"] is True
+    shares = judged["softmax, rows of 1024 to 131072"]
+    assert (shares["met"], shares["aim_met"], shares["value"], shares["rows"]) == (True, False, 90.0, 1)
+    assert judged["softmax, rows of 262144"]["met"] is None
+    assert judged["softmax against torch, rows of 4096 or more"]["value"] == 1.6
+    assert judged["softmax against torch.compile, rows of 128k or more"]["met"] is False
+    assert judged["softmax with temperature against copy, scale, torch"]["value"] == 5.0
     assert judged["dare_merge"]["met"] is None and judged["dare_merge"]["why"] == "not measured"
 
 
@@ -306,6 +320,7 @@ def test_a_run_reads_well():
     assert "| linear | 2 | 45 % | 1 | 90 % |" in text and "| kth | 1 | 50 % | failed |  |" in text
     assert "| ties d=0.2 | 45.0 | 55.0 |" in text and "4300 to 4310 GB/s" in text
     assert "| ties | 0.2 | mergekit 44x | peft |" in text
+    assert "| softmax 512x131072 fp32 | 1 | 90 % | failed |  | torch 1.6x, torch.compile 1.3x |" in text
 
 
 def test_the_command_writes_after_every_row(tmp_path, monkeypatch, host):

@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
+from pykernels.ref.lora_linear import Factors
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES, SHORT
 from tests.lora_cases import assert_backward, assert_forward, kept_of, layer
+from tests.walls import Walls
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
 lora_cpu = pytest.importorskip("pykernels.lora_cpu")
@@ -140,7 +142,7 @@ def test_any_strides(dtype):
             other = c._replace(
                 x=x,
                 weight=c.weight.t().contiguous().t(),
-                adapters=[type(c.adapters[0])(a.t().contiguous().t(), b.t().contiguous().t(), s)],
+                adapters=[Factors(a.t().contiguous().t(), b.t().contiguous().t(), s)],
                 grad=c.grad.t().contiguous().t(),
             )
             got, low = forward(other, HALF)
@@ -167,3 +169,40 @@ def test_what_is_dropped_is_gone():
     low = forward(c._replace(x=x), HALF)[1]
     assert_same_bits(low, forward(c, HALF)[1])
     assert bool((forward(c, 0)[1] == 0).all())
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("shape", [(2, 33, 41), (7, 33, 41), (7, 128, 256)], ids=str)
+def test_nothing_outside_is_read_or_written(shape, at_end, isa):
+    walls = Walls()
+
+    def place(tensor):
+        return walls.place(tensor.reshape(-1), at_end=at_end).view(tensor.shape)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        c = layer(*shape, [5, 3], dtype, grouped=True)
+        low = [Factors(place(a.A), place(a.B), a.scaling) for a in c.adapters]
+        x, weight, bias, grad = (place(t) for t in (c.x, c.weight, c.bias, c.grad))
+        inside = c._replace(x=x, weight=weight, adapters=low, bias=bias, grad=grad, index=place(c.index))
+        wanted, h = forward(c, HALF)
+        out, low_out = place(nans(*wanted.shape, dtype=dtype)), place(nans(*h.shape, dtype=torch.float32))
+        lora_cpu.lora_linear(out, low_out, *inside[:5], HALF, KEY)
+        assert_same_bits(out.clone(), wanted)
+        for got, want in zip(backward(inside, low_out, HALF), backward(c, h, HALF), strict=True):
+            assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("shift", [1, 3, 31])
+def test_any_byte_alignment(shift):
+    def moved(tensor):
+        memory = torch.zeros(tensor.nbytes + 128, dtype=torch.uint8)
+        start = -memory.data_ptr() % 64 + shift
+        memory[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+        view = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        return view.view(tensor.shape)
+
+    for m in (2, 9):
+        c = layer(m, 40, 300, [4], torch.bfloat16)
+        a, b, s = c.adapters[0]
+        other = c._replace(x=moved(c.x), weight=moved(c.weight), adapters=[Factors(moved(a), moved(b), s)])
+        assert_same_bits(forward(other)[0], forward(c)[0])

@@ -61,7 +61,7 @@ constexpr int kTurned = 4;
 
 PK_IN void turn_halves(const bf16* from, int64_t step, float* to) {
   for (int k = 0; k < 4; k++)
-    for (int c = 0; c < 8; c++) to[k * kPanel + c] = to_float(from[c * step + k]);
+    for (int c = 0; c < 8; c++) to[k * kPanel + c] = element<bf16>(from, c * step + k);
 }
 constexpr int kHalvesTurned = 4;
 #endif

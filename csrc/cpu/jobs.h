@@ -83,7 +83,7 @@ struct Kernels {
   void (*ideal)(void* out, const void* const* inputs, int n, int64_t begin, int64_t end);
   void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);  // n + kSlack floats
   void (*softmax_columns)(const Softmax&, int64_t outer, int64_t first, int tiles, float* scratch);
-  void (*softmax_few_columns)(const Softmax&, int64_t outer, float* scratch);
+  void (*softmax_narrow)(const Softmax&, int64_t outer, float* scratch);
   RowSum (*softmax_sum)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift);
   RowScan (*softmax_scan)(const Softmax&, int64_t row, int64_t begin, int64_t end);
   Answer (*softmax_answer)(const Softmax&, int64_t row, const RowSum* sums, int64_t count, float shift);

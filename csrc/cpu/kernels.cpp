@@ -20,7 +20,7 @@ int64_t count_nonfinite(int, const void*, int64_t, int64_t);
 void ideal(void*, const void* const*, int, int64_t, int64_t);
 void softmax_rows(const Softmax&, int64_t, int64_t, float*);
 void softmax_columns(const Softmax&, int64_t, int64_t, int, float*);
-void softmax_few_columns(const Softmax&, int64_t, float*);
+void softmax_narrow(const Softmax&, int64_t, float*);
 RowSum softmax_sum(const Softmax&, int64_t, int64_t, int64_t, float);
 RowScan softmax_scan(const Softmax&, int64_t, int64_t, int64_t);
 Answer softmax_answer(const Softmax&, int64_t, const RowSum*, int64_t, float);
@@ -64,7 +64,7 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::ideal,
     PK_ISA::softmax_rows,
     PK_ISA::softmax_columns,
-    PK_ISA::softmax_few_columns,
+    PK_ISA::softmax_narrow,
     PK_ISA::softmax_sum,
     PK_ISA::softmax_scan,
     PK_ISA::softmax_answer,

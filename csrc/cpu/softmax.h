@@ -248,6 +248,17 @@ PK_IN double lifted_sink(float sink, float shift, Reference at) {
   return double(lane[0]);
 }
 
+/// The part of an answer that a row needs whose w are known; `total` is a number.
+PK_IN Answer scales_of(double total) {
+  const double sum = total * 0x1p-64;
+  Answer a{};
+  a.inverse = float(1 / sum);
+  a.lowered = a.inverse * 0x1p-64f;
+  a.limit = 0x1.03p-62f * float(sum);
+  a.floor = 0x1p24f * float(sum);
+  return a;
+}
+
 /// What follows from a row's sum (total * 2^(exponent - 64), of z - shift) for its last pass; `most` is the
 /// row's largest z - shift. The logarithm is taken of the sum in units of that element's own term, so that
 /// what the exponentials are off by cancels where one element is all that counts: there y is exactly 0.
@@ -258,15 +269,11 @@ inline Answer answer_of(int kind, double total, int exponent, float shift, float
     a.log_sum = bits_float(kNaN);
     return a;
   }
-  const double sum = total * 0x1p-64;
-  a.inverse = float(1 / sum);
+  a = scales_of(total);
   const int lead = int(float_bits(a.inverse) >> 23) - 127;
   const Reference at = reference(exponent, float(kDeepest + lead));
   a.magic = at.magic;
   a.low = at.low;
-  a.lowered = a.inverse * 0x1p-64f;
-  a.limit = 0x1.03p-62f / a.inverse;
-  a.floor = 0x1p24f / a.inverse;
   if (kind == kSoftmax) return a;
   const double log_sum = double(most) + __builtin_log(total / lifted_sink(most, 0, reference(exponent)));
   a.high = float(log_sum);

@@ -23,8 +23,6 @@ template <class T, class Body>
 PK_IN void each_two(const T* g, const T* y, int64_t n, Body&& body) {
   const int64_t full = n / kStripe * kStripe;
   for (int64_t i = 0; i < full; i += kStripe) {
-    __builtin_prefetch(reinterpret_cast<const char*>(g + i) + 1024);
-    __builtin_prefetch(reinterpret_cast<const char*>(y + i) + 1024);
     body(load_stripe(g + i), load_stripe(y + i), i, kStripe);
   }
   if (full == n) return;

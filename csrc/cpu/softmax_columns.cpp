@@ -7,22 +7,7 @@ namespace pk::cpu::PK_ISA {
 namespace {
 
 constexpr int kMostTiles = int(kColumnTiles);
-constexpr int64_t kRowsAhead = 8;
-
-/// What a row has once, sixteen times.
-struct alignas(64) State {
-  float most[kWidth], shift[kWidth], magic[kWidth], low[kWidth];
-  float inverse[kWidth], lowered[kWidth], limit[kWidth], floor[kWidth], high[kWidth], rest[kWidth];
-  float log_sum[kWidth];
-  double total[kWidth], before[kWidth];
-  int exponent[kWidth];
-  bool nan[kWidth];
-};
-
-struct Place {
-  int64_t outer, first;
-  int width;
-};
+constexpr int64_t kRowsAhead = 16;  // of strided rows, which no hardware fetches ahead
 
 /// Tiles of sixteen columns that are neighbours, so that reads and writes go by longer stretches of a row.
 struct Tiles {
@@ -89,33 +74,11 @@ void find_nan(const float* z, int64_t rows, State& state) {
     for (int c = 0; c < kWidth; c++) state.nan[c] |= z[i * kWidth + c] != z[i * kWidth + c];
 }
 
-/// Exponents from the largest elements; whether a column has to be shifted, or has no exponent at all.
-struct Needs {
-  bool shift, infinite;
-};
-Needs choose(const Softmax& job, Place at, State& state) {
-  Needs needs{false, false};
-  for (int c = 0; c < kWidth; c++) {
-    const float most = c < at.width ? with_sink(state.most[c], sink_of(job, at.outer, at.first + c)) : 0;
-    state.most[c] = most;
-    const bool finite = most - most == 0;
-    state.shift[c] = finite && !in_range(most) ? most : 0;
-    needs.shift |= state.shift[c] != 0;
-    needs.infinite |= !finite;
-    state.exponent[c] = in_range(most) ? nearest_exponent(most) : 0;
-    const Reference r = reference(state.exponent[c]);
-    state.magic[c] = r.magic;
-    state.low[c] = r.low;
-    state.total[c] = state.before[c] = 0;
-    state.nan[c] = false;
-  }
-  return needs;
-}
-
-/// Adds sums of few terms to the lanes, one register of columns wide.
-PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], int p) {
+/// Sums of few terms to the lanes, one register of columns wide.
+PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], int p, bool first) {
   for (int l = 0; l < kStripe; l++) {
-    store(lanes[l] + p, load_floats(lanes[l] + p) + load_floats(few[l] + p));
+    const F sum = load_floats(few[l] + p);
+    store(lanes[l] + p, first ? sum : load_floats(lanes[l] + p) + sum);
     store(few[l] + p, F::of(0));
   }
 }
@@ -123,7 +86,8 @@ PK_IN void fold(float (&few)[kStripe][kWidth], float (&lanes)[kStripe][kWidth], 
 /// Sums of one block of at most 4096 rows; w in place of z if asked for. Lanes and tree as in softmax.h.
 template <int degree, bool keep>
 void sum_block(float* z, int64_t rows, State& state) {
-  alignas(64) float lanes[kStripe][kWidth] = {}, few[kStripe][kWidth] = {};
+  constexpr int64_t kFold = kFew * kLazy;
+  alignas(64) float lanes[kStripe][kWidth], few[kStripe][kWidth] = {};
   for (int p = 0; p < kWidth; p += kLanes) {
     const F magic = load_floats(state.magic + p), low = load_floats(state.low + p);
     const auto term = [&](int64_t i) PK_ALWAYS {
@@ -139,63 +103,19 @@ void sum_block(float* z, int64_t rows, State& state) {
         float* sum = few[i - group] + p;
         store(sum, load_floats(sum) + part);
       }
-      if (group / kLazy % kFew == kFew - 1) fold(few, lanes, p);
+      const int64_t next = group + kLazy;
+      if (rows > kFold && (next % kFold == 0 || next >= rows)) fold(few, lanes, p, next <= kFold);
     }
-    fold(few, lanes, p);
   }
-  add_lanes(lanes, state.total);
-}
-
-void conclude(const Softmax& job, Place at, State& state) {
-  for (int c = 0; c < at.width; c++) {
-    const float sink = sink_of(job, at.outer, at.first + c);
-    double total = state.before[c] + state.total[c];
-    if (job.sink) total += lifted_sink(sink, state.shift[c], {state.magic[c], state.low[c]});
-    Answer a = answer_of(job.kind, total, state.exponent[c], state.shift[c], state.most[c] - state.shift[c]);
-    if (state.most[c] - state.most[c] != 0)
-      a = answer_at_infinity(job, state.most[c], state.nan[c] || sink != sink);
-    if (a.fill != Answer::kCompute) {  // by numbers that give it whatever the column holds
-      const float x = filling(job, a.fill);
-      a.inverse = a.lowered = x;
-      a.limit = -1;
-      a.high = x != x ? x : -kMinusInfinity;
-    }
-    state.magic[c] = a.fill == Answer::kCompute ? a.magic : state.magic[c];
-    state.low[c] = a.fill == Answer::kCompute ? a.low : state.low[c];
-    state.inverse[c] = a.inverse;
-    state.lowered[c] = a.lowered;
-    state.limit[c] = a.limit;
-    state.floor[c] = a.floor;
-    state.high[c] = a.high;
-    state.rest[c] = a.rest;
-    state.log_sum[c] = a.log_sum;
-  }
-}
-
-void start_piece(State& state) {
-  for (int c = 0; c < kWidth; c++) {
-    state.before[c] += state.total[c];
-    state.total[c] = 0;
-  }
+  add_lanes(rows > kFold ? lanes : few, state.total);
 }
 
 template <class O>
 void write_sums(const Softmax& job, const Tiles& tiles) {
   for (int t = 0; t < tiles.count; t++) {
     const Place& at = tiles.at[t];
-    F y[kParts];
-    for (int k = 0; k < kParts; k++) y[k] = load_floats(tiles.state[t].log_sum + k * kLanes);
-    put_row(static_cast<O*>(job.out) + at.outer * job.inner + at.first, y, at.width);
+    put_sums(static_cast<O*>(job.out) + at.outer * job.inner + at.first, tiles.state[t], at.width);
   }
-}
-
-template <class O>
-PK_IN F finished_lanes(F w, const State& state, int p) {
-  const F lowered = load_floats(state.lowered + p);
-  if (kFlushes<O>) return larger(load_floats(state.floor + p), w) * lowered;
-  const M some = less(w, load_floats(state.limit + p));
-  if (__builtin_expect(any(some, some), 0)) return carefully_scaled(w, load_floats(state.inverse + p));
-  return w * lowered;
 }
 
 /// Results of `rows` rows from w (softmax) or z (log_softmax).
@@ -206,12 +126,12 @@ void write_tiles(const Softmax& job, const Tiles& tiles, int64_t begin, int64_t 
   for (int64_t i = 0; i < rows; i++, out += job.inner)
     for (int t = 0; t < tiles.count; t++) {
       const State& state = tiles.state[t];
+      __builtin_prefetch(out + t * kWidth + kRowsAhead * job.inner, 1);
       F y[kParts];
       for (int k = 0; k < kParts; k++) {
         const int p = k * kLanes;
         const F x = load_floats(tiles.z[t] + i * kWidth + p);
-        y[k] = job.kind == kSoftmax ? finished_lanes<O>(x, state, p)
-                                    : (x - load_floats(state.high + p)) - load_floats(state.rest + p);
+        y[k] = finished_lanes<O>(job.kind, x, state, p);
       }
       put_row(out + t * kWidth, y, tiles.at[t].width);
     }

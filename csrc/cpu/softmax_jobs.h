@@ -72,8 +72,7 @@ constexpr int64_t kColumns = 16;           // columns of a reduction over anothe
 constexpr int64_t kColumnTiles = 8;        // so many times sixteen, where they have few rows
 constexpr int64_t kColumnRows = 4096;      // rows of them whose exponentials stay in the cache
 constexpr int64_t kRowBatch = 32768;       // elements of short rows that a thread takes at a time
-constexpr int64_t kFewColumns = 8;         // fewer are turned into rows, if all of them stay in the cache
-constexpr int64_t kSlack = 128;            // floats behind a scratch row that kernels may write
+constexpr int64_t kSlack = 256;            // floats behind a scratch row that kernels may write
 
 static_assert(kSplit % 4096 == 0, "sums are flushed every 4096 elements, counted from the start of the row");
 

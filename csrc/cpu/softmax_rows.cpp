@@ -47,8 +47,8 @@ void row_of(const Softmax& job, const T* x, int64_t row, float shift, float* scr
     double total = job.kind == kSoftmax ? exponentials<T, degree, true>(x, w, n, at)
                                         : exponentials<T, 6, false>(x, nullptr, n, at);
     if (job.sink) total += lifted_sink(sink, shift, at);
+    if (job.kind == kSoftmax && total == total) return scale_row<T, O>(w, out, n, scales_of(total));
     answer = answer_of(job.kind, total, exponent, shift, most);
-    if (answer.fill == Answer::kCompute && job.kind == kSoftmax) return scale_row<T, O>(w, out, n, answer);
   }
   if (job.kind == kLogSumExp) return fill(out, 1, answer.log_sum);
   if (answer.fill != Answer::kCompute) return fill(out, n, filling(job, answer.fill));
@@ -68,45 +68,7 @@ void rows_of(const Softmax& job, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
-template <class T>
-void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
-  for (int64_t c = 0; c < columns; c++)
-    for (int64_t r = 0; r < rows; r++) to[c * rows + r] = from[r * columns + c];
-}
-
-/// [n, inner] of one outer index through rows in scratch: z, its transpose, and results.
-template <class O>
-void few_columns_of(const Softmax& job, int64_t outer, float* scratch) {
-  const int64_t n = job.n, inner = job.inner, all = n * inner;
-  float *z = scratch, *turned = z + all + kSlack, *rest = turned + all + kSlack;
-  if (job.plain())
-    widen_any(job.dtype, job.x, outer * all, all, z);
-  else
-    for (int64_t i = 0; i < n; i++)
-      load_z(job, outer * all + i * inner, outer * job.mask_stride[0] + i * job.mask_stride[1],
-             job.mask_stride[2], inner, 0, z + i * inner);
-  transpose(z, n, inner, turned);
-  Softmax rows{job.kind, z,         turned,  job.out_dtype,           kF32,    inner, n, 1, 1, 0, nullptr,
-               kNoMask,  {0, 0, 0}, nullptr, {job.sink_stride[1], 0}, job.safe};
-  if (job.sink) rows.sink = job.sink + outer * job.sink_stride[0];
-  O* out = static_cast<O*>(job.out) + outer * (job.kind == kLogSumExp ? inner : all);
-  rows_of<O>(rows, 0, inner, rest);
-  if (job.kind == kLogSumExp) {
-    memcpy(static_cast<void*>(out), z, size_t(inner) * sizeof(O));
-    return;
-  }
-  O* back = reinterpret_cast<O*>(turned);
-  transpose(reinterpret_cast<const O*>(z), inner, n, back);
-  memcpy(static_cast<void*>(out), back, size_t(all) * sizeof(O));
-}
-
 }  // namespace
-
-void softmax_few_columns(const Softmax& job, int64_t outer, float* scratch) {
-  if (job.out_dtype == kF32) return few_columns_of<float>(job, outer, scratch);
-  if (job.out_dtype == kBF16) return few_columns_of<bf16>(job, outer, scratch);
-  return few_columns_of<f16>(job, outer, scratch);
-}
 
 void softmax_rows(const Softmax& job, int64_t begin, int64_t end, float* scratch) {
   if (job.out_dtype == kF32) return rows_of<float>(job, begin, end, scratch);

@@ -31,6 +31,30 @@ void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStr
   check(cudaLaunchKernel(address, grid, dim3(unsigned(threads)), pointers, shared, stream));
 }
 
+/// The same for clusters of `cluster` neighbouring blocks, which need sm_90, and for more shared memory than
+/// the 48 KiB that a kernel has unasked. Both can be captured in a graph.
+template <class... P>
+void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared, int cluster,
+                     cudaStream_t stream, std::common_type_t<P>... arguments) {
+  void* pointers[] = {static_cast<void*>(&arguments)...};
+  const void* address = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  check(cudaFuncSetAttribute(address, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, address, pointers));
+}
+
 /// Makes a device the current one, and puts the caller's back.
 class OnDevice {
  public:

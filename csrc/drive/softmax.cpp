@@ -130,12 +130,12 @@ class LongRow {
 };
 
 void softmax_of_columns(const Softmax& job, int threads) {
-  const int64_t all = job.n * job.inner;
-  if (job.inner < cpu::kFewColumns && all <= cpu::kCachedFloats) {
-    const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), 2 * all + job.n + 3 * cpu::kSlack);
-    return over_rows(job.outer, all, threads, [&](int64_t begin, int64_t end, int slot) {
+  if (job.inner < cpu::kColumns) {
+    const int64_t floats = std::min(job.n, cpu::kColumnRows) * job.inner + cpu::kSlack;
+    const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), floats);
+    return over_rows(job.outer, job.n * job.inner, threads, [&](int64_t begin, int64_t end, int slot) {
       for (int64_t outer = begin; outer < end; outer++)
-        kernels().softmax_few_columns(job, outer, scratch.of(slot));
+        kernels().softmax_narrow(job, outer, scratch.of(slot));
     });
   }
   const int64_t rows = std::max<int64_t>(1, std::min(job.n, cpu::kColumnRows));

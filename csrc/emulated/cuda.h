@@ -1,7 +1,8 @@
 // The part of CUDA that csrc/cuda uses, on the host: every thread of a block is a fiber, blocks run one by
-// one, barriers and warp exchanges wait for all who must take part. Slow, and faithful where kernels go
-// wrong: indices, tails, barriers, reductions. Blocks and threads can run in reverse, so that a result that
-// depends on their order shows; a barrier that not all reach is an error and no hang.
+// one (those of a cluster side by side), barriers and warp exchanges wait for all who must take part. Slow,
+// and faithful where kernels go wrong: indices, tails, barriers, reductions. Blocks and threads can run in
+// reverse, so that a result that depends on their order shows; a barrier that not all reach is an error and
+// no hang.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -48,7 +49,7 @@ namespace pk::emulated {
 constexpr size_t kStack = 128 * 1024;
 constexpr int kWarp = 32;
 
-/// Threads that wait for each other: a whole block, or a warp of it.
+/// Threads that wait for each other: a whole block, a warp of it, or the blocks of a cluster.
 struct Barrier {
   int members = 0, arrived = 0;
   uint64_t generation = 0;
@@ -57,32 +58,68 @@ struct Barrier {
   }
 };
 
+/// What the threads of one block share. `__shared__` variables are one for all blocks: kernels that run in
+/// clusters must keep to dynamic shared memory.
+struct Room {
+  Barrier everyone;
+  dim3 place;
+  std::vector<std::max_align_t> shared;
+};
+
+/// Copies that a thread has begun; they happen as late as they may, when it waits for them.
+class Copies {
+ public:
+  void clear() { groups_.assign(1, {}); }
+  void add(void* to, const void* from, size_t bytes) { groups_.back().push_back({to, from, bytes}); }
+  void commit() { groups_.emplace_back(); }
+  void wait(size_t pending) {  // the last group is open
+    while (groups_.size() > pending + 1) {
+      for (const Copy& c : groups_.front()) memcpy(c.to, c.from, c.bytes);
+      groups_.erase(groups_.begin());
+    }
+  }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<std::vector<Copy>> groups_;
+};
+
 struct Fiber {
   ucontext_t context;  // how it starts
   jmp_buf jump;        // where it goes on: unlike swapcontext, a jump makes no system call
   bool started = false;
   std::unique_ptr<char[]> stack;
   dim3 place;
+  size_t room = 0, warp = 0;
   Barrier* waits = nullptr;
   uint64_t until = 0;  // the generation of `waits` that lets it go on
+  uint64_t cluster_until = 0;
+  Copies copies;
   unsigned exchanges = 0;
   bool done = false;
 };
 
-/// One block at a time.
+/// One block at a time, or the blocks of one cluster.
 class Block {
  public:
-  void run(const std::function<void()>& body, int threads, bool reverse) {
+  void run(const std::function<void()>& body, const std::vector<dim3>& places, int threads, size_t shared,
+           bool reverse) {
     body_ = &body;
-    prepare(threads);
-    for (int left = threads; left > 0;) {
+    const int all = threads * int(places.size());
+    prepare(places, threads, shared);
+    for (int left = all; left > 0;) {
       int ran = 0;
-      for (int i = 0; i < threads; i++) {
-        Fiber& fiber = fibers_[size_t(reverse ? threads - 1 - i : i)];
+      for (int i = 0; i < all; i++) {
+        Fiber& fiber = fibers_[size_t(reverse ? all - 1 - i : i)];
         if (fiber.done || (fiber.waits && fiber.waits->generation < fiber.until)) continue;
         fiber.waits = nullptr;
         current_ = &fiber;
         threadIdx = fiber.place;
+        blockIdx = rooms_[fiber.room].place;
         resume(fiber);
         ran++;
         left -= fiber.done;
@@ -90,25 +127,22 @@ class Block {
       if (ran == 0) throw std::runtime_error("a barrier was not reached by all threads of its block or warp");
     }
   }
-  void wait(Barrier& barrier) {
-    Fiber& fiber = *current_;
-    fiber.waits = &barrier;
-    fiber.until = barrier.generation + 1;
-    barrier.arrived++;
-    barrier.release_if_full();
-    if (_setjmp(fiber.jump) == 0) _longjmp(scheduler_, 1);
-  }
-  Barrier& everyone() { return everyone_; }
+  void wait(Barrier& barrier) { pause(barrier, arrive(barrier)); }
+  Barrier& everyone() { return rooms_[current_->room].everyone; }
+  void cluster_arrive() { current_->cluster_until = arrive(cluster_); }
+  void cluster_wait() { pause(cluster_, current_->cluster_until); }
+  Copies& copies() { return current_->copies; }
+  size_t rank() const { return current_->room; }
+  char* shared(size_t rank) { return reinterpret_cast<char*>(rooms_[rank].shared.data()); }
   /// Every lane of the warp gives a value; the values of all 32 come back.
   const uint64_t* exchange(uint64_t value) {
-    const size_t warp = threadIdx.x / kWarp;
+    Warp& warp = warps_[current_->warp];
     // Two buffers in turn: a lane that is ahead by one exchange must not overwrite what others still read.
-    uint64_t* slots = warps_[warp].slots[current_->exchanges++ % 2];
+    uint64_t* slots = warp.slots[current_->exchanges++ % 2];
     slots[threadIdx.x % kWarp] = value;
-    wait(warps_[warp].barrier);
+    wait(warp.barrier);
     return slots;
   }
-  std::vector<std::max_align_t> shared;
 
  private:
   struct Warp {
@@ -116,20 +150,43 @@ class Block {
     uint64_t slots[2][kWarp];
   };
 
-  void prepare(int threads) {
+  uint64_t arrive(Barrier& barrier) {
+    const uint64_t until = barrier.generation + 1;
+    barrier.arrived++;
+    barrier.release_if_full();
+    return until;
+  }
+  void pause(Barrier& barrier, uint64_t until) {
+    Fiber& fiber = *current_;
+    fiber.waits = &barrier;
+    fiber.until = until;
+    if (_setjmp(fiber.jump) == 0) _longjmp(scheduler_, 1);
+  }
+  void prepare(const std::vector<dim3>& places, int threads, size_t shared) {
     if (threads % kWarp) throw std::runtime_error("blocks must be whole warps");
-    fibers_.resize(size_t(threads));
-    warps_.assign(size_t(threads / kWarp), Warp());
+    const size_t all = size_t(threads) * places.size();
+    if (fibers_.size() < all) fibers_.resize(all);
+    rooms_.resize(places.size());
+    for (size_t r = 0; r < places.size(); r++) {
+      rooms_[r].everyone = Barrier();
+      rooms_[r].everyone.members = threads;
+      rooms_[r].place = places[r];
+      rooms_[r].shared.resize(shared / sizeof(std::max_align_t) + 1);
+    }
+    cluster_ = Barrier();
+    cluster_.members = int(all);
+    warps_.assign(all / kWarp, Warp());
     for (Warp& warp : warps_) warp.barrier.members = kWarp;
-    everyone_ = Barrier();
-    everyone_.members = threads;
-    for (int i = 0; i < threads; i++) {
-      Fiber& fiber = fibers_[size_t(i)];
+    for (size_t i = 0; i < all; i++) {
+      Fiber& fiber = fibers_[i];
       if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-      fiber.place = dim3(unsigned(i), 0, 0);
+      fiber.place = dim3(unsigned(i) % unsigned(threads), 0, 0);
+      fiber.room = i / size_t(threads);
+      fiber.warp = i / kWarp;
       fiber.done = fiber.started = false;
       fiber.waits = nullptr;
       fiber.exchanges = 0;
+      fiber.copies.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
@@ -138,6 +195,17 @@ class Block {
     }
   }
   static void enter();
+  /// As on the device: who has left is not waited for, and the memory of a block that has left is gone.
+  void leave() {
+    current_->done = true;
+    Room& room = rooms_[current_->room];
+    room.everyone.members--;
+    room.everyone.release_if_full();
+    cluster_.members--;
+    cluster_.release_if_full();
+    if (room.everyone.members == 0 && rooms_.size() > 1)
+      memset(static_cast<void*>(room.shared.data()), 0xA5, room.shared.size() * sizeof(std::max_align_t));
+  }
   __attribute__((noinline)) void resume(Fiber& fiber) {
     if (_setjmp(scheduler_) != 0) return;
     if (fiber.started) _longjmp(fiber.jump, 1);
@@ -146,8 +214,9 @@ class Block {
   }
 
   std::vector<Fiber> fibers_;
+  std::vector<Room> rooms_;
   std::vector<Warp> warps_;
-  Barrier everyone_;
+  Barrier cluster_;
   jmp_buf scheduler_;
   Fiber* current_ = nullptr;
   const std::function<void()>* body_ = nullptr;
@@ -159,32 +228,40 @@ inline bool reverse = false;
 
 inline void Block::enter() {
   (*block.body_)();
-  block.current_->done = true;
-  block.everyone_.members--;  // as on the device: who has left is not waited for
-  block.everyone_.release_if_full();
+  block.leave();
   _longjmp(block.scheduler_, 1);
 }
 
-inline void* dynamic_shared() { return block.shared.data(); }
+inline void* dynamic_shared() { return block.shared(block.rank()); }
 
 }  // namespace pk::emulated
 
 namespace pk::cuda {
 
+/// Blocks go to clusters of `cluster` neighbours, which run side by side.
 template <class... P>
-void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t,
-            std::common_type_t<P>... arguments) {
+void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared, int cluster, cudaStream_t,
+                     std::common_type_t<P>... arguments) {
   const std::lock_guard<std::mutex> lock(emulated::one_launch);
   const std::function<void()> body = [&] { kernel(arguments...); };
-  emulated::block.shared.resize(shared / sizeof(std::max_align_t) + 1);
   gridDim = grid;
   blockDim = dim3(unsigned(threads));
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; i++) {
-    const uint64_t b = emulated::reverse ? blocks - 1 - i : i;
-    blockIdx = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
-    emulated::block.run(body, threads, emulated::reverse);
+  const uint64_t clusters = uint64_t(grid.x) * grid.y * grid.z / unsigned(cluster);
+  std::vector<dim3> places;
+  places.resize(size_t(cluster));
+  for (uint64_t i = 0; i < clusters; i++) {
+    const uint64_t first = (emulated::reverse ? clusters - 1 - i : i) * unsigned(cluster);
+    for (size_t r = 0; r < places.size(); r++) {
+      const uint64_t b = first + r;
+      places[r] = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
+    }
+    emulated::block.run(body, places, threads, shared, emulated::reverse);
   }
+}
+template <class... P>
+void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+            std::common_type_t<P>... arguments) {
+  launch_clusters(kernel, grid, threads, shared, 1, stream, arguments...);
 }
 
 /// There is one device.

@@ -6,5 +6,8 @@
 #include "../cuda/l1_norms.cu"
 #include "../cuda/linear_merge.cu"
 #include "../cuda/magnitude_histogram.cu"
+#include "../cuda/softmax.cu"
+#include "../cuda/softmax_backward.cu"
+#include "../cuda/softmax_deal.cu"
 #include "../cuda/ties_merge.cu"
 #include "../cuda/upload.cu"

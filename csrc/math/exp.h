@@ -3,16 +3,24 @@
 #pragma once
 #include "dtype.h"
 
+#ifdef __CUDACC__  // nvcc keeps tables where only kernels read them
+#define PK_TABLE __device__ constexpr
+#define PK_BY_TABLE __device__ inline
+#else
+#define PK_TABLE constexpr
+#define PK_BY_TABLE inline
+#endif
+
 namespace pk {
 
 // Tables printed by fit_exp.py. Relative errors for |t| <= 0.36: 6e-9 (degree 6; in float 1e-7), 3.5e-6
 // (degree 4), 1e-10 (e^t - 1).
-constexpr float kExp6[] = {0x1p+0f,        0x1.fffffap-2f, 0x1.555474p-3f,
-                           0x1.5559d4p-5f, 0x1.124fd2p-7f, 0x1.69d018p-10f};
-constexpr float kExp4[] = {0x1.fffaf8p-1f, 0x1.00049cp-1f, 0x1.57ffaep-3f, 0x1.53f988p-5f};
-constexpr double kMinus1[] = {0x1.fffffffff2d15p-1,  0x1.0000000023ea6p-1, 0x1.5555558888fbep-3,
-                              0x1.555554d9dc3edp-5,  0x1.111095211c8b1p-7, 0x1.6c17745467634p-10,
-                              0x1.a1995e85de76fp-13, 0x1.a019e50fe09ccp-16};
+PK_TABLE float kExp6[] = {0x1p+0f,        0x1.fffffap-2f, 0x1.555474p-3f,
+                          0x1.5559d4p-5f, 0x1.124fd2p-7f, 0x1.69d018p-10f};
+PK_TABLE float kExp4[] = {0x1.fffaf8p-1f, 0x1.00049cp-1f, 0x1.57ffaep-3f, 0x1.53f988p-5f};
+PK_TABLE double kMinus1[] = {0x1.fffffffff2d15p-1,  0x1.0000000023ea6p-1, 0x1.5555558888fbep-3,
+                             0x1.555554d9dc3edp-5,  0x1.111095211c8b1p-7, 0x1.6c17745467634p-10,
+                             0x1.a1995e85de76fp-13, 0x1.a019e50fe09ccp-16};
 
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLn2High = 0x1.62e43p-1f, kLn2Low = -0x1.05c61p-29f;
@@ -70,7 +78,7 @@ PK_HD V mantissa(V x, V magic, V& power) {
 
 /// c * tanh(x / c), by e^2u - 1 = 2^n (e^t - 1) + (2^n - 1): no digits are lost near 0. In double, so that
 /// logits are rounded once, and without branches, so that a compiler makes lanes of a loop over it.
-PK_HD float capped(float x, double cap) {
+PK_BY_TABLE float capped(float x, double cap) {
   constexpr double round = 0x1.8p+52;
   const double u = double(x) / cap, size = u < 0 ? -u : u, v = 2 * (size > 15 ? 15 : size);
   const double r = v * 0x1.71547652b82fep+0 + round, n = r - round, t = v - n * 0x1.62e42fefa39efp-1;

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from pykernels import check, library
+from pykernels import backends, check, library
 from pykernels.ops import softmax_gradient as gradient
-from pykernels.ops.softmax_pass import Options, examine, over_plain_rows, over_rows
+from pykernels.ops.softmax_pass import Options, examine, over_rows
 
 OP = "softmax"
+_everyday = backends.everyday(OP)
 
 
 def softmax(
@@ -54,8 +56,8 @@ def softmax(
         argument breaks a rule above; the text names it and its value.
     """
     plain = softcap is None and safe is False and type(temperature) is float and temperature == 1.0
-    if plain and mask is None and sink is None and dtype is None:
-        done = over_plain_rows(OP, x, dim, out)
+    if plain and mask is None and sink is None and dtype is None and not is_compiling():
+        done = _everyday(x, dim, out)
         if done is not None:
             return done
     if sink is not None and not check.is_tensor(sink):

@@ -11,15 +11,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.compiler import is_compiling
 
 from pykernels import backends, check
 
 _PIECE = 1 << 16
 """Elements from which on a mask is rather walked in several calls than copied."""
-
-_PAGES = 1 << 16
-"""Elements from which on a new result's pages are worth a thought."""
 
 
 class Options(NamedTuple):
@@ -30,47 +26,6 @@ class Options(NamedTuple):
     softcap: float | None = None
     sink: torch.Tensor | None = None
     safe: bool = False
-
-
-def over_plain_rows(op: str, x: torch.Tensor, dim: int, out: torch.Tensor | None) -> torch.Tensor | None:
-    """The everyday call at once: contiguous rows on a CPU, no options, no gradient, ``out`` apart or ``x``.
-
-    None, and nothing done, where a question is open: :func:`over_rows` checks everything, which takes longer
-    than a small softmax.
-    """
-    if (
-        type(x) is not torch.Tensor
-        or is_compiling()
-        or x.layout is not torch.strided
-        or not x.is_cpu
-        or x.dtype not in backends.NATIVE_DTYPES
-        or not x.is_contiguous()
-        or x.is_neg()
-        or type(dim) is not int
-        or not x.numel()
-        or (dim != -1 and dim != x.dim() - 1)
-        or not x.dim()
-        or (x.requires_grad and torch.is_grad_enabled())
-    ):
-        return None
-    if out is None:
-        out = backends.fresh(x.shape, x.dtype, x.device) if x.numel() >= _PAGES else torch.empty_like(x)
-    elif (
-        type(out) is not torch.Tensor
-        or out.layout is not torch.strided
-        or not out.is_cpu
-        or out.dtype is not x.dtype
-        or out.shape != x.shape
-        or not out.is_contiguous()
-        or out.is_neg()
-        or 0 < abs(out.data_ptr() - x.data_ptr()) < x.nbytes
-    ):
-        return None
-    else:
-        torch.autograd.graph.increment_version(out)
-    n = x.shape[-1]
-    backends.call(op, x)(out.view(-1, n, 1), x.view(-1, n, 1), 1.0, None, None, None, False)
-    return out
 
 
 def examine(op: str, x: torch.Tensor, dim: int, dtype: torch.dtype | None, options: Options) -> int:

@@ -1,0 +1,170 @@
+// Calls that take tensors as objects: the everyday softmax, whose checks in Python took longer than the rows.
+// Knows Python and not pybind11; torch only as objects that it was handed.
+#include "bindings_tensors.h"
+
+#include <new>
+
+#include "drive/softmax.h"
+#include "exchange.h"
+
+namespace pk {
+namespace {
+
+/// What calls need of torch; borrowed from `lend_tensors`, which keeps it for the life of the process.
+struct {
+  const exchange::Api* api = nullptr;
+  PyTypeObject* type = nullptr;
+  PyObject *forced = nullptr, *empty_like = nullptr, *written = nullptr, *threads = nullptr;
+  PyObject *is_neg = nullptr, *requires_grad = nullptr;
+} lent;
+
+constexpr int64_t kPages = 1 << 16;  // elements from which on a new result's pages are worth a thought
+
+/// A reference that is given back.
+struct Held {
+  PyObject* object;
+  explicit Held(PyObject* owned) : object(owned) {}
+  ~Held() { Py_XDECREF(object); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+};
+
+/// Lets other threads of Python run.
+struct Waiting {
+  PyThreadState* state = PyEval_SaveThread();
+  ~Waiting() { PyEval_RestoreThread(state); }
+};
+
+/// A tensor as kernels take it, or a question for the caller: `elements` is 0.
+struct Rows {
+  exchange::Tensor at;
+  int64_t elements = 0;
+  int dtype = -1;
+
+  explicit Rows(PyObject* object) {
+    if (Py_TYPE(object) != lent.type) return;
+    if (lent.api->lend(object, &at)) {
+      PyErr_Clear();
+      return;
+    }
+    dtype = exchange::dtype_of(at);
+    const int64_t count = exchange::contiguous_elements(at);
+    if (at.device_type != exchange::kCpu || dtype < 0 || at.ndim < 1 || count < 1 || !at.data) return;
+    elements = count;
+  }
+};
+
+bool says_no(PyObject* owned) {
+  const Held answer(owned);
+  if (!owned) PyErr_Clear();
+  return owned == Py_False;
+}
+/// Whether memory holds the values themselves. A negated view is the one thing that the protocol hides.
+bool holds_values(PyObject* tensor) { return says_no(PyObject_CallMethodNoArgs(tensor, lent.is_neg)); }
+
+/// Whether the context leaves the choice of a backend to us.
+bool chosen_freely() {
+  PyObject* name;
+  if (PyContextVar_Get(lent.forced, nullptr, &name)) return false;
+  const Held held(name);
+  return name == Py_None;
+}
+
+bool last_dimension(PyObject* dim, int ndim) {
+  if (!PyLong_CheckExact(dim)) return false;
+  int beyond;
+  const long at = PyLong_AsLongAndOverflow(dim, &beyond);
+  return !beyond && (at == -1 || at == ndim - 1);
+}
+
+/// Whether `out` may be filled while `x` is read: it is x, or lies apart.
+bool may_fill(const Rows& out, const Rows& x) {
+  if (out.dtype != x.dtype || !exchange::same_shape(out.at, x.at)) return false;
+  const char *a = exchange::data_of(out.at), *b = exchange::data_of(x.at);
+  const int64_t bytes = x.elements * (x.dtype == kF32 ? 4 : 2);
+  return a == b || a + bytes <= b || b + bytes <= a;
+}
+
+bool run(int kind, const Rows& out, const Rows& x) {
+  const int64_t n = x.at.shape[x.at.ndim - 1];
+  cpu::Softmax job{};
+  job.kind = kind;
+  job.out = exchange::data_of(out.at);
+  job.x = exchange::data_of(x.at);
+  job.out_dtype = job.dtype = x.dtype;
+  job.outer = x.elements / n;
+  job.n = n;
+  job.inner = 1;
+  job.temperature = 1;
+  job.mask_kind = cpu::kNoMask;
+  if (x.elements <= cpu::kRowBatch) {  // too short for a second thread, and to wait for the interpreter after
+    softmax(job, 1);
+    return true;
+  }
+  const Held threads(PyObject_CallNoArgs(lent.threads));
+  if (!threads.object) return false;
+  const int count = int(PyLong_AsLong(threads.object));
+  const Waiting waiting;
+  softmax(job, count);
+  return true;
+}
+
+/// lend_tensors(type, forced, empty_like, written, threads): whether rows of that type will be taken.
+PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "lend_tensors: takes 5 arguments, got %zd", count);
+  for (int i = 0; i < 5; i++) Py_INCREF(given[i]);
+  lent.api = exchange::of_type(given[0]);
+  lent.type = reinterpret_cast<PyTypeObject*>(given[0]);
+  lent.forced = given[1];
+  lent.empty_like = given[2];
+  lent.written = given[3];
+  lent.threads = given[4];
+  lent.is_neg = PyUnicode_InternFromString("is_neg");
+  lent.requires_grad = PyUnicode_InternFromString("requires_grad");
+  return PyBool_FromLong(lent.api != nullptr);
+}
+
+/// The result over the last dimension of x; None, and nothing done, where a question is open.
+PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
+  if (!lent.api || !chosen_freely()) Py_RETURN_NONE;
+  const Rows x(object);
+  const bool fresh = given == Py_None;
+  if (!x.elements || !last_dimension(dim, x.at.ndim) || (fresh && x.elements >= kPages)) Py_RETURN_NONE;
+  if (!says_no(PyObject_GetAttr(object, lent.requires_grad)) || !holds_values(object)) Py_RETURN_NONE;
+  const Held out(fresh ? PyObject_CallOneArg(lent.empty_like, object) : Py_NewRef(given));
+  if (!out.object) return nullptr;
+  const Rows y(out.object);
+  if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
+  if (!fresh) {
+    if (given != object && !holds_values(given)) Py_RETURN_NONE;
+    if (!Held(PyObject_CallOneArg(lent.written, given)).object) return nullptr;
+  }
+  return run(kind, y, x) ? Py_NewRef(out.object) : nullptr;
+}
+
+/// softmax_rows(x, dim, out) and log_softmax_rows.
+template <int kind>
+PyObject* rows(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "takes x, dim and out, got %zd arguments", count);
+  try {
+    return result(kind, given[0], given[1], given[2]);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
+
+PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+PyMethodDef methods[] = {
+    {"lend_tensors", as_method(lend_tensors), METH_FASTCALL, nullptr},
+    {"softmax_rows", as_method(rows<cpu::kSoftmax>), METH_FASTCALL, nullptr},
+    {"log_softmax_rows", as_method(rows<cpu::kLogSoftmax>), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_tensor_calls(PyObject* module) { return PyModule_AddFunctions(module, methods) == 0; }
+
+}  // namespace pk

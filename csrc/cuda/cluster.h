@@ -1,0 +1,74 @@
+// What only a device can do: copies to shared memory that run on their own (sm_80), clusters of blocks that
+// read each other's shared memory (sm_90), and its exponential; and what stands for them in the emulation.
+#pragma once
+#include "device.h"
+
+namespace pk::cuda {
+
+#ifndef PK_EMULATED
+
+/// 16 bytes, both ends aligned. What a thread copied, it may read after `wait_copies`; others after a
+/// barrier.
+__device__ __forceinline__ void copy_16(void* shared, const void* global) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+/// Ends a group of copies; it may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Until all but the last `groups` groups of this thread have arrived.
+template <int groups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+/// 2^x within 2^-22, relatively; 0 below 2^-126.
+__device__ __forceinline__ float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+/// What was written to shared memory before, all blocks of the cluster see after `cluster_wait`.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+/// The same variable in the shared memory of another block of the cluster, by its rank: with clusters along
+/// x, blockIdx.x modulo their size.
+template <class P>
+__device__ __forceinline__ const P* of_block(const P* mine, int rank) {
+  const P* theirs;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return theirs;
+}
+#else  // never reached: nothing is launched in clusters there
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+template <class P>
+__device__ __forceinline__ const P* of_block(const P* mine, int) {
+  return mine;
+}
+#endif
+
+#else
+
+inline void copy_16(void* shared, const void* global) { emulated::block.copies().add(shared, global, 16); }
+inline void commit_copies() { emulated::block.copies().commit(); }
+template <int groups>
+void wait_copies() {
+  emulated::block.copies().wait(groups);
+}
+inline float power_of_2(float x) { return std::exp2(x); }
+inline void cluster_arrive() { emulated::block.cluster_arrive(); }
+inline void cluster_wait() { emulated::block.cluster_wait(); }
+template <class P>
+const P* of_block(const P* mine, int rank) {
+  const char* own = emulated::block.shared(emulated::block.rank());
+  const auto offset = reinterpret_cast<const char*>(mine) - own;
+  return reinterpret_cast<const P*>(emulated::block.shared(size_t(rank)) + offset);
+}
+
+#endif
+
+}  // namespace pk::cuda
