@@ -163,6 +163,43 @@ def lora_squares(
     by_column: bool,
     threads: int,
 ) -> None: ...
+def product(
+    out: tuple[int, int, int, int],
+    bias: int,
+    a: tuple[int, int, int, int],
+    b: tuple[int, int, int, int],
+    m: int,
+    n: int,
+    k: int,
+    rows: int,
+    extensions: list[tuple[int, int, int, tuple[int, int, int, int], tuple[int, int, int, int], float]],
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def shrink(
+    low: int,
+    low_stride: int,
+    a: tuple[int, int, int, int],
+    k: int,
+    rows: int,
+    parts: list[tuple[int, int, int, tuple[int, int, int, int]]],
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def reduce(
+    out: tuple[int, int, int, int],
+    begin: int,
+    end: int,
+    rank: int,
+    scale: float,
+    low: int,
+    low_stride: int,
+    a: tuple[int, int, int, int],
+    n: int,
+    rows: int,
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
 def lend_tensors(
     kind: type[torch.Tensor],
     forced: ContextVar[str | None],
