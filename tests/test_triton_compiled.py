@@ -20,3 +20,4 @@ def test_no_kernel_spills_or_fuses():
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = {line.split()[0] for line in done.stdout.splitlines()[1:]}
     assert {"_linear_merge", "_ties_merge", "_dare_merge", "_collect", "_select_small"} <= kernels
+    assert {"_softmax_whole", "_softmax_walked", "_softmax_backward_whole"} <= kernels

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "gemm_jobs.h"
 #include "lora_jobs.h"
 #include "softmax_jobs.h"
 
@@ -97,6 +98,20 @@ struct Kernels {
   double (*softmax_backward_sum)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end);
   void (*softmax_backward_write)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end, float sum);
   void (*softmax_backward_columns)(const SoftmaxBackward&, int64_t outer, int64_t first, float* scratch);
+  // Products of matrices. `rows` (null: as they are) says where row i stands; a tile of sums `c` has rows of
+  // kGemmWidth, the left operand rows of kGemmDepth, the right one panels of (k1 - k0) x the panel's width.
+  void (*gemm_widen)(const Matrix&, const int64_t* rows, int64_t i0, int64_t i1, int64_t k0, int64_t k1,
+                     const Dropout*, int64_t stride, float* to);
+  void (*gemm_pack)(const Matrix&, const int64_t* rows, int64_t k0, int64_t k1, int64_t n0, int64_t n1,
+                    float scale, const Dropout*, float* to);
+  void (*gemm_multiply)(const float* a, int64_t rows, const float* b, int64_t width, int64_t depth, float* c,
+                        bool add, const Ahead&);
+  void (*gemm_dots)(const Matrix& b, int64_t n0, int64_t n1, const float* x, int64_t rows, int64_t stride,
+                    int64_t depth, float* c);
+  void (*gemm_add_kept)(float* c, const float* t, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,
+                        int64_t n1, const Dropout&);
+  void (*gemm_finish)(const float* c, const GemmOut&, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,
+                      int64_t n1);
 };
 
 constexpr int kSampleGroup = 32;  // consecutive elements that gather_keys takes per start

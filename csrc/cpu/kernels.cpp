@@ -33,6 +33,14 @@ void softmax_write(const Softmax&, int64_t, int64_t, int64_t, float, const Answe
 double softmax_backward_sum(const SoftmaxBackward&, int64_t, int64_t, int64_t);
 void softmax_backward_write(const SoftmaxBackward&, int64_t, int64_t, int64_t, float);
 void softmax_backward_columns(const SoftmaxBackward&, int64_t, int64_t, float*);
+void gemm_widen(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout*, int64_t,
+                float*);
+void gemm_pack(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, const Dropout*,
+               float*);
+void gemm_multiply(const float*, int64_t, const float*, int64_t, int64_t, float*, bool, const Ahead&);
+void gemm_dots(const Matrix&, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*);
+void gemm_add_kept(float*, const float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout&);
+void gemm_finish(const float*, const GemmOut&, const int64_t*, int64_t, int64_t, int64_t, int64_t);
 
 }  // namespace PK_ISA
 
@@ -73,6 +81,12 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::softmax_backward_sum,
     PK_ISA::softmax_backward_write,
     PK_ISA::softmax_backward_columns,
+    PK_ISA::gemm_widen,
+    PK_ISA::gemm_pack,
+    PK_ISA::gemm_multiply,
+    PK_ISA::gemm_dots,
+    PK_ISA::gemm_add_kept,
+    PK_ISA::gemm_finish,
 };
 
 }  // namespace pk::cpu

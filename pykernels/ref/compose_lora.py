@@ -27,4 +27,5 @@ def summed_apart(A: Tensors, B: Tensors, scaling: Sequence[float], weights: Sequ
 def truncated(delta: torch.Tensor, rank: int) -> torch.Tensor:
     """The matrix of this rank nearest to delta [out, in], float64."""
     u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ v[:rank]
+    nearest: torch.Tensor = (u[:, :rank] * s[:rank]) @ v[:rank]
+    return nearest
