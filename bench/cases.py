@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import pykernels
-from pykernels.bench import softmax_calls
-from pykernels.bench.inputs import LOGITS, Inputs, Spec
+from pykernels.bench import lora_calls, lora_rows, softmax_calls
+from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec
 
 SEED = 7
 
@@ -19,9 +19,9 @@ SEED = 7
 class Target:
     """A bound on this row's time by that of ``of``: "ideal", or the name of another row (``word`` in tables).
 
-    "copy" is a plain copy of as many bytes. Rows of kind "call" and "memory" are held against the figure
-    itself: ``of`` is its unit, "us" or "MiB" (64 MiB and 16 MiB per thread, for the two threads that the
-    targets are set for).
+    "copy" is a plain copy of as many bytes, "ms" a millisecond. Rows of kind "call" and "memory" are held
+    against the figure itself: ``of`` is its unit, "us" or "MiB" (64 MiB and 16 MiB per thread, for the two
+    threads that the targets are set for).
     """
 
     of: str = "ideal"
@@ -40,7 +40,8 @@ class Case:
     """One row. ``options`` go to the op as they are; ``out="fresh"`` lets it allocate its result.
 
     ``kind``: "time" (milliseconds), "call" (microseconds, 64 elements), "memory" (MiB beyond in- and output),
-    "cache" (microseconds on inputs that stay in the cache, by turns with the peers).
+    "cache" (microseconds on inputs that stay in the cache, by turns with the peers), "turns" (milliseconds,
+    by turns with the peers: products of matrices, bound by arithmetic).
     ``peers``: what to beat, by the least ratio: {"mergekit": 20}; empty: no peer is timed.
     """
 
@@ -120,7 +121,7 @@ def _drop(x: Inputs, out: torch.Tensor | None, o: Mapping[str, Any]) -> Any:
 CALLS: dict[str, Callable[[Inputs, torch.Tensor | None, Mapping[str, Any]], Any]] = {
     "linear_merge": _linear, "task_arithmetic": _arithmetic, "kth_magnitude": _kth, "ties_merge": _ties,
     "dare_merge": _dare, "trim": _trim, "elect_sign": _elect, "drop_rescale": _drop,
-    **softmax_calls.CALLS,
+    **softmax_calls.CALLS, **lora_calls.CALLS, **lora_rows.CALLS,
 }  # fmt: skip
 
 
@@ -138,6 +139,8 @@ _TRAFFIC: dict[str, Callable[[Spec], int]] = {
     "drop_rescale": lambda s: 2 * s.tensor_bytes,
     "elect_sign": lambda s: s.n * s.tensor_bytes + s.shape[0] * s.shape[1],
     **softmax_calls.TRAFFIC,
+    **lora_calls.TRAFFIC,
+    **lora_rows.TRAFFIC,
 }
 
 SQUARE = Spec()
@@ -242,7 +245,11 @@ _SOFTMAX = (
     Case("softmax", _logits(1, 10**8, more=1), {}, _TWICE, peers={"torch": 3.0}),
     *(Case("softmax", _logits(1, 10**8, d, 1), peers={"torch": 6.0}) for d in _HALVES),
     *(case for d in _FLOATS for case in _out_of_range(d)),
-    Case("softmax", _logits(4096, 8192), {"dim": 0}, peers={"torch": 1.5}),
+    *(
+        Case("softmax", _logits(*shape, d), {"dim": 0}, peers={"torch": 1.5})
+        for shape in ((4096, 8192), (10**6, 8))
+        for d in _FLOATS
+    ),
     *(Case("log_softmax", _logits(*shape), peers={"torch": 1.4}) for shape in _FITS),
     Case("logsumexp", _logits(8192, 4096), peers={"torch": 1.0}),
     *(
@@ -251,10 +258,44 @@ _SOFTMAX = (
         for d in (torch.float32, torch.bfloat16)
     ),
     *(
-        Case("softmax", _logits(2**14 // n, n, d), kind="cache", peers={"torch": 1.0})
+        Case("softmax", _logits(rows, n, d), kind="cache", peers={"torch": 1.0})
         for d in _FLOATS
         for n in (64, 128, 256, 512, 1024, 2048, 4096)
+        for rows in (1, 2**14 // n)
     ),
 )
 
-CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS, *_SOFTMAX)
+_WEIGHT = Spec(n=0, data=LORA)
+_EIGHT_ADAPTERS = {"r": 16, "adapters": 8}
+_LORA = (
+    *(
+        Case("merge_lora", _WEIGHT, {"r": r}, Target(most=most, aim=aim), peers={"peft": least})
+        for r, most, aim, least in ((8, 1.5, 1.15, 10.0), (16, 2.0, 1.3, 8.0), (64, 6.5, 4.0, 4.0))
+    ),
+    Case("merge_lora", _WEIGHT, _EIGHT_ADAPTERS, peers={"peft": 15.0}),
+    Case("merge_lora", Spec(dtype=torch.float32, n=0, data=LORA), {"r": 16}),
+    Case("compose_lora", Spec((2048, 2048), torch.float32, 0, LORA), {**_EIGHT_ADAPTERS, "method": "svd"},
+         Target("ms", most=35, aim=15), peers={"peft": 300.0}),
+)  # fmt: skip
+
+
+def _lora(least: Mapping[str, float], spec: Spec = ONE, **options: Any) -> Case:
+    return Case("lora_linear", spec, {"rank": 16, **options}, kind="turns", peers=least)
+
+
+_LORA_LAYERS = (
+    _lora({"own frozen": 1 / 1.05, "frozen F.linear": 1.4, "peft": 1.4}, rows=1),
+    *(
+        _lora({"own frozen": 1 / 1.03, "frozen F.linear": least, "peft": least}, rows=rows)
+        for rows, least in ((32, 3.5), (512, 2.8))
+    ),
+    _lora({"own frozen": 1 / 1.06, "frozen F.linear": 2.8}, rows=512, rank=64),
+    _lora({"own frozen": 1 / 1.05}, rows=32, adapters=32),
+    _lora({"own frozen": 1 / 1.03, "peft": 2.5}, rows=512, step=True),
+    *(
+        _lora({"frozen F.linear": 1 / 1.02, "peft": 1.0}, Spec(dtype=torch.float32, n=1), rows=m)
+        for m in (32, 512)
+    ),
+)
+
+CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS, *_SOFTMAX, *_LORA, *_LORA_LAYERS)

@@ -15,6 +15,9 @@ STAGGER = 320
 LOGITS = "logits"
 """Kind of inputs whose base is N(0, 3^2); the tuned tensors are further ones: alike, spread, masked."""
 
+LORA = "lora"
+"""Kind of inputs that are a weight alone; what is merged into it, the row's options say."""
+
 _SIGMA_BASE, _SIGMA_DELTA = 0.02, 0.002
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -32,7 +35,7 @@ class Spec:
     def label(self) -> str:
         """``4096x4096 bf16 n=3``, with the kind of delta where it is not Gaussian."""
         text = f"{self.shape[0]}x{self.shape[1]} {_SHORT[self.dtype]}"
-        if self.data == LOGITS:
+        if self.data in (LOGITS, LORA):
             return text
         return f"{text} n={self.n}" if self.data == "gaussian" else f"{text} n={self.n} {self.data}"
 

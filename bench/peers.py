@@ -20,14 +20,15 @@ import torch
 
 import pykernels
 from pykernels.bench.cases import SEED, Case, weights
-from pykernels.bench.inputs import LOGITS, Inputs, Spec, make
+from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make
+from pykernels.bench.lora_calls import in_peft, values
 from pykernels.bench.softmax_calls import in_torch
 from pykernels.bench.torch_peers import naive, tuned
 
 CHECK = Spec(shape=(256, 1024), dtype=torch.float32)
 ROUNDS = 2
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ def compare(peer: Peer, case: Case, device: str | torch.device = "cpu") -> float
     Where elements tie at the threshold, their choice is theirs: one in ten thousand elements may differ.
     """
     logits = case.spec.data == LOGITS
-    spec = replace(CHECK, n=case.spec.n, data=LOGITS) if logits else CHECK
+    spec = (
+        CHECK if case.spec.data not in (LOGITS, LORA) else replace(CHECK, n=case.spec.n, data=case.spec.data)
+    )
     x = make(spec, seed=1, device=device)
     random = case.op == "dare_merge"
     exact = _with(case, density=1.0) if random else case
-    theirs = peer.theirs(exact, x)().clone()  # some write into the buffer that ours writes into
-    ours = peer.ours(exact, x)()
+    theirs = values(peer.theirs(exact, x)()).clone()  # some write into the buffer that ours writes into
+    ours = values(peer.ours(exact, x)())
     delta = (theirs - ours).abs() / (float(ours[ours.isfinite()].abs().max()) if logits else 0.002)
     delta.masked_fill_(theirs == ours, 0)  # -inf among them
     worst = float(delta.flatten().sort().values[int(delta.numel() * (1 - 1e-4)) - 1])
@@ -141,7 +144,9 @@ def _deltas(x: Inputs) -> list[torch.Tensor]:
 
 
 def _peft(case: Case, x: Inputs) -> Call:
-    """PEFT's ``merge_utils`` on task vectors, which is what it takes."""
+    """PEFT's ``merge_utils`` on task vectors, which is what it takes; its layers for adapters."""
+    if case.spec.data == LORA:
+        return in_peft(case.op, x, case.options)
     utils = importlib.import_module("peft.utils.merge_utils")
     deltas, density = _deltas(x), case.options["density"]
     w = torch.tensor(weights(x), device=x.base.device)
@@ -159,6 +164,8 @@ def _peft(case: Case, x: Inputs) -> Call:
 
 
 def _ours_as_peft(case: Case, x: Inputs) -> Call:
+    if case.spec.data == LORA:
+        return case.call(x)
     deltas, w, o = _deltas(x), weights(x), case.options
     if case.op == "ties_merge":
         return lambda: pykernels.ties_merge(

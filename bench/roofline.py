@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from pykernels import _C, native
-from pykernels.bench import peers
+from pykernels.bench import lora_calls, lora_rows, peers
 from pykernels.bench.cases import CASES, Case
-from pykernels.bench.inputs import LOGITS, Inputs, Spec, make, sets
+from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make, sets
 
 COPY_BYTES = 128 << 20
 
@@ -84,7 +84,12 @@ class Setting:
 
 
 def control(inputs: Sequence[Inputs], case: Case) -> Callable[[int], None]:
-    """The ideal for this row's inputs: as many tensors read as the op reads, one written."""
+    """The ideal for this row's inputs: as many tensors read as the op reads, one written.
+
+    Of a merge of adapters it is the weight read and written in place.
+    """
+    if case.spec.data == LORA:
+        return lambda i: lora_calls.read_modify_write(inputs[i % len(inputs)])
     threads = torch.get_num_threads()
     reads = _reads(case)
 
@@ -122,7 +127,7 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
             "of_copy": case.nbytes / took / copy_rate,
             "x_ideal": took / ideal,
         }
-        bounds = {"ideal": ideal, "copy": case.nbytes / copy_rate}
+        bounds = {"ideal": ideal, "copy": case.nbytes / copy_rate, "ms": 1e-3}
         judge(row, case, took / (middle | bounds).get(case.target.of, float("nan")))
         row["peers"] = [peers.measure(peer, case, inputs[0]) for peer in peers.of(case)]
         yield row
@@ -130,6 +135,8 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
 
 def _control_of(case: Case) -> str:
     """Rows that read the same tensors share a control."""
+    if case.spec.data == LORA:
+        return "ideal in place"
     return f"ideal {case.op}" if case.op in _READS else "ideal"
 
 
@@ -191,6 +198,23 @@ def measure_cached(case: Case) -> Row:
     return row
 
 
+def measure_turns(case: Case) -> Row:
+    """Milliseconds of a call and of what it is held against, by turns; all compared with float64 first."""
+    x = make(case.spec)
+    layer = lora_rows.layer_of(x, case.options)
+    calls = {"": case.call(x), **lora_rows.rivals(layer, case.options, case.peers)}
+    off = {name: lora_rows.check(layer, case.options, name, call()) for name, call in calls.items()}
+    middle = lora_rows.times(calls)
+    row = _row(case, middle.pop(""), "ms")
+    row["peers"] = [
+        {"name": name, "ms": ms, "x": ms / row["value"], "least": case.peers[name], "difference": off[name]}
+        for name, ms in middle.items()
+    ]
+    for peer in row["peers"]:
+        peer["met"] = peer["x"] >= peer["least"]
+    return row
+
+
 def measure_memory(case: Case, inputs: Inputs) -> Row:
     """MiB by which the resident high-water mark grows during one call, inputs and output being resident."""
     call = case.call(inputs)
@@ -222,6 +246,7 @@ def run(select: Callable[[Case], bool], *, with_peers: bool = True) -> Iterator[
         yield from measure_group(group, sets(spec))
     yield from (measure_call(case) for case in chosen if case.kind == "call")
     yield from (measure_cached(case) for case in chosen if case.kind == "cache")
+    yield from (measure_turns(case) for case in chosen if case.kind == "turns")
 
 
 def runs_here(case: Case) -> bool:

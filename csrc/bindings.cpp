@@ -5,7 +5,9 @@
 #include <array>
 
 #include "bindings_tensors.h"
+#include "drive/gemm.h"
 #include "drive/isa.h"
+#include "drive/lora.h"
 #include "drive/merge.h"
 #include "drive/process.h"
 #include "drive/softmax.h"
@@ -182,6 +184,75 @@ void softmax_backward(uintptr_t out, int out_dtype, uintptr_t grad, int grad_dty
       threads);
 }
 
+pk::cpu::MergeLora lora_job(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows,
+                            int64_t cols, uintptr_t left, int64_t rank) {
+  return {
+      at_mutable(out), at(weight), out_dtype, dtype, rows, cols, rank, static_cast<const float*>(at(left)),
+      nullptr,         nullptr,    nullptr};
+}
+
+void merge_lora(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows, int64_t cols,
+                uintptr_t left, uintptr_t right, int64_t rank, uintptr_t scale, bool by_column, int threads) {
+  py::gil_scoped_release release;
+  pk::merge_lora(lora_job(out, out_dtype, weight, dtype, rows, cols, left, rank),
+                 static_cast<const float*>(at(right)), static_cast<const float*>(at(scale)), by_column,
+                 threads);
+}
+
+void lora_squares(uintptr_t sums, uintptr_t weight, int dtype, int64_t rows, int64_t cols, uintptr_t left,
+                  uintptr_t right, int64_t rank, bool by_column, int threads) {
+  py::gil_scoped_release release;
+  pk::lora_squares(lora_job(0, pk::kF32, weight, dtype, rows, cols, left, rank),
+                   static_cast<const float*>(at(right)), by_column, static_cast<double*>(at_mutable(sums)),
+                   threads);
+}
+
+/// (address, dtype, stride of rows, stride of columns)
+using MatrixOf = std::tuple<uintptr_t, int, int64_t, int64_t>;
+/// (threshold, key, columns of the matrix that is dropped from)
+using DropoutOf = std::tuple<uint32_t, uint64_t, int64_t>;
+
+pk::cpu::Matrix matrix(const MatrixOf& m) {
+  return {at(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m)};
+}
+pk::cpu::GemmOut target(const MatrixOf& m, uintptr_t bias) {
+  return {at_mutable(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m), at(bias)};
+}
+pk::cpu::Dropout dropout(const DropoutOf& d) {
+  return {std::get<0>(d), uint32_t(std::get<1>(d)), uint32_t(std::get<1>(d) >> 32), std::get<2>(d)};
+}
+
+void product(const MatrixOf& out, uintptr_t bias, const MatrixOf& a, const MatrixOf& b, int64_t m, int64_t n,
+             int64_t k, uintptr_t rows,
+             const std::vector<std::tuple<int64_t, int64_t, int64_t, MatrixOf, MatrixOf, float>>& extensions,
+             const DropoutOf& drop, int threads) {
+  py::gil_scoped_release release;
+  pk::Product job{target(out, bias), matrix(a), matrix(b), m, n, k, static_cast<const int64_t*>(at(rows)), {},
+                  dropout(drop)};
+  for (const auto& [begin, end, rank, low, high, scale] : extensions)
+    job.extensions.push_back({begin, end, rank, static_cast<const float*>(at(std::get<0>(low))),
+                              std::get<2>(low), matrix(high), scale});
+  pk::product(job, threads);
+}
+
+void shrink(uintptr_t low, int64_t low_stride, const MatrixOf& a, int64_t k, uintptr_t rows,
+            const std::vector<std::tuple<int64_t, int64_t, int64_t, MatrixOf>>& parts, const DropoutOf& drop,
+            int threads) {
+  py::gil_scoped_release release;
+  std::vector<pk::Shrink> each;
+  for (const auto& [begin, end, rank, factor] : parts) each.push_back({begin, end, rank, matrix(factor)});
+  pk::shrink(static_cast<float*>(at_mutable(low)), low_stride, matrix(a), k,
+             static_cast<const int64_t*>(at(rows)), each, dropout(drop), threads);
+}
+
+void reduce(const MatrixOf& out, int64_t begin, int64_t end, int64_t rank, float scale, uintptr_t low,
+            int64_t low_stride, const MatrixOf& a, int64_t n, uintptr_t rows, const DropoutOf& drop,
+            int threads) {
+  py::gil_scoped_release release;
+  pk::reduce({target(out, 0), begin, end, rank, scale}, static_cast<const float*>(at(low)), low_stride,
+             matrix(a), n, static_cast<const int64_t*>(at(rows)), dropout(drop), threads);
+}
+
 int64_t count_nonfinite(int dtype, uintptr_t data, int64_t numel) {
   py::gil_scoped_release release;
   return pk::kernels().count_nonfinite(dtype, at(data), 0, numel);
@@ -213,10 +284,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("kth_magnitude", &kth_magnitude);
   m.def("magnitude_histogram", &magnitude_histogram);
   m.def("elect_sign", &elect_sign);
+  m.def("merge_lora", &merge_lora);
+  m.def("lora_squares", &lora_squares);
   m.def("count_nonfinite", &count_nonfinite);
   m.def("ideal", &ideal);
   m.def("softmax", &softmax);
   m.def("softmax_backward", &softmax_backward);
+  m.def("product", &product);
+  m.def("shrink", &shrink);
+  m.def("reduce", &reduce);
   m.def("advise_huge", [](uintptr_t data, size_t bytes) { pk::advise_huge(at_mutable(data), bytes); });
   if (!pk::add_tensor_calls(m.ptr())) throw py::error_already_set();
   m.def("isas", &pk::isas);

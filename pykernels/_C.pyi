@@ -1,4 +1,4 @@
-"""Types of the compiled module: addresses, sizes and codes; see csrc/bindings.cpp and bindings_tensors.cpp."""
+"""Types of the compiled module: addresses, sizes and codes; see csrc/bindings*.cpp."""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -135,6 +135,69 @@ def softmax_backward(
     inner: int,
     kind: int,
     scale: float,
+    threads: int,
+) -> None: ...
+def merge_lora(
+    out: int,
+    out_dtype: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    left: int,
+    right: int,
+    rank: int,
+    scale: int,
+    by_column: bool,
+    threads: int,
+) -> None: ...
+def lora_squares(
+    sums: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    left: int,
+    right: int,
+    rank: int,
+    by_column: bool,
+    threads: int,
+) -> None: ...
+def product(
+    out: tuple[int, int, int, int],
+    bias: int,
+    a: tuple[int, int, int, int],
+    b: tuple[int, int, int, int],
+    m: int,
+    n: int,
+    k: int,
+    rows: int,
+    extensions: list[tuple[int, int, int, tuple[int, int, int, int], tuple[int, int, int, int], float]],
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def shrink(
+    low: int,
+    low_stride: int,
+    a: tuple[int, int, int, int],
+    k: int,
+    rows: int,
+    parts: list[tuple[int, int, int, tuple[int, int, int, int]]],
+    drop: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def reduce(
+    out: tuple[int, int, int, int],
+    begin: int,
+    end: int,
+    rank: int,
+    scale: float,
+    low: int,
+    low_stride: int,
+    a: tuple[int, int, int, int],
+    n: int,
+    rows: int,
+    drop: tuple[int, int, int],
     threads: int,
 ) -> None: ...
 def lend_tensors(

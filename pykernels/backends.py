@@ -59,14 +59,29 @@ _SOFTMAX = {
 }
 """The module of a backend that holds all rows of softmax."""
 TABLE |= {op: {backend: f"{module}:{op}" for backend, module in _SOFTMAX.items()} for op in SOFTMAX_ROWS}
+TABLE["merge_lora"] = {
+    "cpu": "pykernels.native_lora:merge_lora",
+    "ref": "pykernels.ref.merge_lora:merge_lora",
+}
+TABLE |= {
+    op: {
+        "cpu": f"pykernels.lora_cpu:{op}",
+        "torch": f"pykernels.lora_torch:{op}",
+        "ref": f"pykernels.ref.lora_blocks:{op}",
+    }
+    for op in ("lora_linear", "lora_linear_backward")
+}
+TABLE["dropout_mask"] = dict.fromkeys(("torch", "ref"), "pykernels.ref.lora_blocks:dropout_mask")
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 
 _HUGE = 1 << 20
 """Elements from which on a new output asks for huge pages."""
 
-ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref")}
+ORDER = {"cpu": ("cpu", "torch", "ref"), "cuda": ("cuda", "triton", "torch", "ref")}
 """What ``auto`` tries per device, for every op alike until a committed measurement says otherwise."""
-BACKENDS = ("cpu", "cuda", "triton", "ref")
+BACKENDS = ("cpu", "cuda", "triton", "torch", "ref")
+"""``torch``: an op composed of torch's own, where those are what there is to beat (matrix products)."""
+COMPOSED = frozenset({"torch", "ref"})
 DEVICE_SIDE = ("cuda", "triton")
 OLDEST_TRITON = (3, 4)
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -78,7 +93,7 @@ _forced: ContextVar[str | None] = ContextVar(
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force backend ``name`` ("cpu", "cuda", "triton" or "ref") inside the block.
+    """Force backend ``name`` ("cpu", "cuda", "triton", "torch" or "ref") inside the block.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that cannot run here.
     """
@@ -100,7 +115,7 @@ def _require(name: str) -> None:
 @functools.cache
 def missing(name: str) -> str | None:
     """Why backend ``name`` cannot run on this machine, or None when it can."""
-    if name == "ref":
+    if name in COMPOSED:
         return None
     module = {"cpu": "pykernels._C", "cuda": "pykernels._cuda", "triton": "triton"}[name]
     try:
@@ -140,7 +155,7 @@ class Chosen(NamedTuple):
 def _function(op: str, backend: str) -> Callable[..., Any]:
     module, _, name = TABLE[op][backend].partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return torch.no_grad()(function) if backend == "ref" else function  # kernels record no graph either
+    return torch.no_grad()(function) if backend in COMPOSED else function  # kernels record no graph either
 
 
 @functools.cache
@@ -206,7 +221,9 @@ def everyday(op: str) -> Callable[..., torch.Tensor | None]:
     """
     if missing("cpu"):
         return lambda x, dim, out: None
-    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(op, _forced)
+    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(
+        op, _forced
+    )
     return run
 
 

@@ -244,8 +244,10 @@ def positive(op: str, name: str, value: float) -> float:
     return value
 
 
-def beside(op: str, name: str, value: torch.Tensor, like: torch.Tensor, shape: Sequence[int]) -> None:
-    """``value`` must be a dense tensor on ``like``'s device, to be broadcast to ``shape``."""
+def beside(
+    op: str, name: str, value: torch.Tensor, like: torch.Tensor, shape: Sequence[int] | None, first: str = "x"
+) -> None:
+    """``value`` must be a dense tensor on ``like``'s device, to be broadcast to ``shape`` where given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_meta:
@@ -253,10 +255,43 @@ def beside(op: str, name: str, value: torch.Tensor, like: torch.Tensor, shape: S
             f"{op}: {name} must be a dense tensor with data, got {value.layout} on {value.device}"
         )
     if value.device != like.device:
-        raise ValueError(f"{op}: {name} must be on x's device {like.device}, got {value.device}")
+        raise ValueError(f"{op}: {name} must be on {first}'s device {like.device}, got {value.device}")
+    if shape is None:
+        return
     short = len(shape) - value.dim()
     if short < 0 or any(a != b and a != 1 for a, b in zip(value.shape, shape[short:], strict=True)):
         raise ValueError(f"{op}: {name} must broadcast to {list(shape)}, got {list(value.shape)}")
+
+
+def matrix(
+    op: str,
+    name: str,
+    value: torch.Tensor,
+    like: torch.Tensor,
+    shape: Sequence[int | str],
+    *,
+    wide: bool = False,
+) -> None:
+    """``value`` must be a tensor beside x (``like``) of ``shape``, where a letter stands for any size.
+
+    Its dtype must be x's, or with ``wide`` may be float32 as well.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if len(value.shape) != len(shape) or any(
+        n != want and not isinstance(want, str) for n, want in zip(value.shape, shape, strict=True)
+    ):
+        rule = ", ".join(map(str, shape))
+        raise ValueError(f"{op}: {name} must have shape [{rule}], got {list(value.shape)}")
+    if value.dtype != like.dtype and not (wide and value.dtype == torch.float32):
+        rule = f"x's dtype {like.dtype}" + (" or float32" if wide and like.dtype != torch.float32 else "")
+        raise TypeError(f"{op}: {name} must have {rule}, got {value.dtype}")
+    if value.layout is not torch.strided or value.is_meta:
+        raise ValueError(
+            f"{op}: {name} must be a dense tensor with data, got {value.layout} on {value.device}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on x's device {like.device}, got {value.device}")
 
 
 def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> None:

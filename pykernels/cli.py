@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from pykernels.console import SEED, THREADS, planning, run_merge, writing
 from pykernels.engine.collector import no_collection
-from pykernels.terminal import gigabytes, print_table, printable, progress_bar
+from pykernels.lora_commands import lora
+from pykernels.terminal import gigabytes, print_table, printable
 
 if TYPE_CHECKING:
     from pykernels.engine.plan import Plan
-    from pykernels.engine.run import Report
 
 FAILED, REFUSED = 1, 2
 """Exit codes: a check that failed; an input that is not accepted."""
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Commands(click.Group):
@@ -44,24 +41,6 @@ def _said(error: Exception) -> str:
     return str(error)
 
 
-def _planning(command: Command) -> Command:
-    """The options of everything that makes a plan."""
-    for option in (
-        click.option(
-            "--allow-download", is_flag=True, help="Fetch models the Hugging Face cache does not hold."
-        ),
-        click.option("--seed", type=int, help="Overrides the recipe's seed (default 0)."),
-        click.option("--shard-size", default="5GB", show_default=True, help="Largest output file."),
-    ):
-        command = option(command)
-    return command
-
-
-_THREADS = click.option(
-    "--threads", type=click.IntRange(1), help="Compute threads (default: torch's number)."
-)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pykernels")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error (also: PYKERNELS_DEBUG=1).")
@@ -72,71 +51,26 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@_THREADS
-@click.option("--memory", default="2GB", show_default=True, help="Bound on working memory.")
 @click.option(
     "--device", default="cpu", show_default=True, help="Where to merge: cpu, cuda, cuda:1 or cuda:0,cuda:1."
 )
 @click.option("--device-memory", help="Bound on the memory of every device (default: half of what is free).")
-@_planning
-@click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that OUT holds.")
-@click.option("--durable", is_flag=True, help="Return only when everything is on the disk.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
+@SEED
+@writing
+@planning
 def merge(recipe: Path, out: Path, quiet: bool, **options: Any) -> None:
     """Merge the models of RECIPE (mergekit's YAML) into the directory OUT."""
-    with no_collection():  # torch's import makes much that is no garbage
-        from pykernels.engine.run import merge as run
-
-    said: list[str] = []
-
-    def planned(plan: Plan, told: Sequence[str]) -> None:
-        said.extend(told)
-        for text in dict.fromkeys(told):
-            if text not in plan.notes or not quiet:
-                click.echo(f"{'note' if text in plan.notes else 'warning'}: {printable(text)}", err=True)
-
-    with progress_bar(not quiet) as moved, warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter("default")
-        report = run(recipe, out, progress=moved, planned=planned, **options)
-    for text in dict.fromkeys([*(str(w.message) for w in raised), *report.warnings]):
-        if text not in said:
-            click.echo(f"warning: {printable(text)}", err=True)
-    if not quiet:
-        _print_report(report)
+    run_merge(recipe, out, quiet=quiet, **options)
 
 
-def _print_report(report: Report) -> None:
-    size = f"{report.tensors} tensors, {gigabytes(report.written)} in {report.shards} file(s)"
-    if report.dry_run:
-        click.echo(f"dry run: {size}; nothing was written")
-        _print_devices(report)
-        return
-    click.echo(f"merged into {printable(str(report.out))}: {size}")
-    click.echo(
-        f"engine time {report.seconds:.3f} s, {report.gb_per_second:.2f} GB/s "
-        f"({gigabytes(report.read)} read, {gigabytes(report.written)} written)"
-    )
-    _print_devices(report)
-
-
-def _print_devices(report: Report) -> None:
-    """What a merge on devices took of them, and which part of it took longest."""
-    for use in report.devices:
-        whose = "--device-memory" if use.stated else "half of what was free"
-        click.echo(
-            f"{use.name} ({printable(use.model)}): merges with backend {use.backend}, "
-            f"{gigabytes(use.held)} held of at most {gigabytes(use.allowed)} ({whose})"
-        )
-    if report.busy is not None:
-        seconds = ", ".join(f"{part} {value:.3f} s" for part, value in report.busy.parts().items())
-        click.echo(f"busy: {seconds}; limited by {report.busy.limit()}")
+main.add_command(lora)
 
 
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, as an executor reads it.")
-@_planning
+@SEED
+@planning
 def plan(recipe: Path, as_json: bool, shard_size: str, seed: int | None, allow_download: bool) -> None:
     """Print what a merge of RECIPE would read, compute and write; only headers are read."""
     from pykernels.engine.plan import make_plan
@@ -206,7 +140,7 @@ def _instruction_sets() -> str:
 
 @main.command()
 @click.option("--only", multiple=True, metavar="TEXT", help="Rows whose name holds TEXT; may be given again.")
-@_THREADS
+@THREADS
 @click.option("--no-peers", is_flag=True, help="Skip torch, mergekit and PEFT, which take most of the time.")
 @click.option("--engine", is_flag=True, help="Merge whole checkpoints too (needs 4 GB of disk).")
 @click.option(

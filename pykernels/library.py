@@ -20,13 +20,21 @@ _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyp
 _SIGN = 1 << 63
 
 
-def define(op: str, arguments: str, run: Callable[..., Any], fake: Callable[..., Any], *, out: bool) -> None:
+def define(
+    op: str,
+    arguments: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    out: bool,
+    returns: str = "Tensor",
+) -> None:
     """Define ``op`` and, where ``out``, its overload that fills a tensor.
 
-    ``arguments`` is the schema's list. ``run`` takes them by name, and ``out`` too; ``fake`` does the same
-    with tensors that have no data: it checks, and returns an empty result.
+    ``arguments`` is the schema's list, ``returns`` its result. ``run`` takes them by name, and ``out`` too;
+    ``fake`` does the same with tensors that have no data: it checks, and returns an empty result.
     """
-    _LIBRARY.define(f"{op}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.define(f"{op}({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_LIBRARY)
     if not out:

@@ -42,13 +42,17 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One merge method. ``model_parameters`` are per model, ``parameters`` per tensor, with defaults."""
+    """One merge method. ``model_parameters`` are per model, ``parameters`` per tensor, with defaults.
+
+    ``max_models``: how many it can take, besides a base; None for any number.
+    """
 
     name: str
     paper: str
     needs_base: bool
     model_parameters: Mapping[str, Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    max_models: int | None = None
     op: ClassVar[str]
     """The op whose kernels merge."""
 
@@ -81,6 +85,18 @@ class Linear(Method):
     ) -> None:
         """One streaming pass."""
         linear_pass(out, tuned, p["weight"], normalize=p["normalize"])
+
+
+class Passthrough(Method):
+    """out = the one model's tensor, as it is or as adapters change it."""
+
+    op = "merge_lora"
+
+    def merge(
+        self, p: Params, out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, offset: int, stats: Any
+    ) -> None:
+        """A copy; the engine lets an adapted tensor be computed where it goes, without one."""
+        out.copy_(tuned[0])
 
 
 class TaskArithmetic(Method):
@@ -168,6 +184,7 @@ METHODS: dict[str, Method] = {
             {"weight": REQUIRED},
             {"normalize": True, "int8_mask": False},
         ),
+        Passthrough("passthrough", "no merge: one model, with its adapters", False, {}, max_models=1),
         TaskArithmetic(
             "task_arithmetic",
             "Editing Models with Task Arithmetic (Ilharco et al., 2022)",

@@ -28,3 +28,17 @@ def through_float32(function: Callable[..., None], out: torch.Tensor, *args: obj
         function(narrow.view(out.shape), *args)
     for start in range(0, flat.numel(), _PIECE):  # front to back: never over what is still to be read
         flat[start : start + _PIECE] = narrow[start : start + _PIECE].clone()
+
+
+def add_blocks(blocks: torch.Tensor) -> torch.Tensor:
+    """blocks [b, *S], float64 -> [*S]: neighbours are added until one is left; zeros where b = 0.
+
+    The upper half of the fixed tree of every floating reduction: kernels sum blocks, this adds them.
+    """
+    if len(blocks) == 0:
+        return blocks.new_zeros(blocks.shape[1:])
+    while len(blocks) > 1:
+        if len(blocks) % 2:
+            blocks = torch.cat([blocks, torch.zeros_like(blocks[:1])])
+        blocks = blocks[0::2] + blocks[1::2]
+    return blocks[0]

@@ -115,3 +115,30 @@ def assert_same_bits(got: torch.Tensor, wanted: torch.Tensor) -> None:
             f"{len(differ)} of {got.numel()} elements differ, first at {i}: "
             f"{got.reshape(-1)[i].item()!r} and {wanted.reshape(-1)[i].item()!r}"
         )
+
+
+DEPTH = 256
+"""Terms of a chain in a matrix product of ours (kGemmDepth in csrc/cpu/gemm_jobs.h)."""
+
+
+def chain(terms: int) -> int:
+    """Roundings that a term of a product of ours passes: its chain of multiply-adds, then sums of chains."""
+    return min(terms, DEPTH) + -(-terms // DEPTH)
+
+
+def assert_within_sum(out: torch.Tensor, truth: torch.Tensor, size: torch.Tensor, roundings: int) -> None:
+    """A float32 sum, rounded once: its terms pass ``roundings`` roundings and add up to ``size`` in size.
+
+    |sum - truth| <= g size + 2 n eta, with g = n u / (1 - n u): what every order of operations keeps.
+    """
+    g = roundings * U / (1 - roundings * U)
+    room = g * size + roundings * 2 * ETA
+    allowed = room + half_ulp(truth.abs() + room, out.dtype)
+    off = (out.double() - truth).abs()
+    bad = torch.nonzero((~(off <= allowed)).reshape(-1)).reshape(-1)
+    if len(bad):
+        i = int(bad[0])
+        raise AssertionError(
+            f"{len(bad)} of {out.numel()} elements outside the bound, first at {i}: off by "
+            f"{off.reshape(-1)[i]:.3g} from {truth.reshape(-1)[i]:.9g}, allowed {allowed.reshape(-1)[i]:.3g}"
+        )

@@ -189,7 +189,7 @@ def test_verify_accepts_a_merge_and_finds_a_flipped_bit(home):
 
 def test_backends_prints_the_grid():
     lines = run("backends").output.splitlines()
-    assert lines[0].split() == ["op", "cpu", "cuda", "triton", "ref"]
+    assert lines[0].split() == ["op", "cpu", "cuda", "triton", "torch", "ref"]
     assert [line.split()[0] for line in lines[1 : len(TABLE) + 1]] == list(TABLE)
     assert all("yes" in line for line in lines[1 : len(TABLE) + 1])
     for name in BACKENDS:

@@ -24,18 +24,22 @@ MODULES = [
 
 FLOORS = (
     ("cli",),
+    ("console", "lora_commands"),
     ("terminal",),
     ("__init__",),
-    ("engine.run",),
+    ("engine.run", "adapters.compose", "adapters.extract"),
     ("engine.verify", "engine.plan", "engine"),
+    ("adapters",),
     ("engine.files", "engine.header", "engine.index", "engine.shard", "engine.strict_json"),
     ("engine.recipe", "engine.settings", "engine.strict_yaml", "engine.sizes", "engine.collector"),
     ("methods",),
     ("ops",),
     ("library",),
+    ("lora_torch", "lora_cpu"),
     ("backends",),
-    ("native", "cuda", "kernels", "check", "ref"),
-    ("rows",),
+    ("products",),
+    ("native", "native_lora", "cuda", "kernels", "check", "check_lora", "ref"),
+    ("rows", "low_rank"),
     ("_C", "_cuda", "cut", "grouping"),
 )
 """From the top down; a module may import from its own floor and those below. "engine": the rest of it."""

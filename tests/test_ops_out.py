@@ -125,7 +125,7 @@ def test_forced_backends():
     assert backends.call("ties_merge", x).__module__ == "pykernels.native"
     assert backends.call("ties_merge", x.double()).__module__ == "pykernels.ref.blocks"
     with (
-        pytest.raises(ValueError, match="known backends are cpu, cuda, triton, ref, got 'gpu'"),
+        pytest.raises(ValueError, match="known backends are cpu, cuda, triton, torch, ref, got 'gpu'"),
         pk.use_backend("gpu"),
     ):
         pass
@@ -199,5 +199,5 @@ def test_environment_variables():
     last = native.isas()[-1]
     said = child(PYKERNELS_BACKEND="ref", PYKERNELS_ISA=last)
     assert said == f"[0.0, 0.0, 3.0]\npykernels.ref.blocks {last}\n"
-    assert "known backends are cpu, cuda, triton, ref, got 'gpu'" in child(PYKERNELS_BACKEND="gpu")
+    assert "known backends are cpu, cuda, triton, torch, ref, got 'gpu'" in child(PYKERNELS_BACKEND="gpu")
     assert "got 'mmx'" in child(PYKERNELS_ISA="mmx")

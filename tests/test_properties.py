@@ -172,6 +172,7 @@ def test_methods_over_chunks_give_the_bits_of_the_op(
     dare = {"density": density, "seed": 1, "name": "w", "lambda_": 0.7, "rescale": rescale}
     wanted = {
         "linear": lambda: pk.linear_merge(tuned, **options),
+        "passthrough": lambda: tuned[0],
         "task_arithmetic": lambda: pk.task_arithmetic(base, tuned, lambda_=0.7, **options),
         "ties": lambda: pk.ties_merge(base, tuned, density=density, lambda_=0.7, tie=tie, **options),
         "dare_linear": lambda: pk.dare_merge(base, tuned, **dare, **options),

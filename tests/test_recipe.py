@@ -63,6 +63,10 @@ def test_one_line_of_text_is_yaml_and_not_a_path():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_the_table_is_known(method):
+    if METHODS[method].max_models is not None:
+        one = {"merge_method": method, "models": [{"model": "a"}]}
+        assert read_recipe(one).members == (0,)
+        return
     recipe = read_recipe({"merge_method": method, "base_model": "base", "models": MODELS})
     assert recipe.resolve("x", None, 1)["weight"] == [0.5, 1.0]
 
@@ -153,12 +157,26 @@ def test_anchors_and_merge_keys_work():
         (ties(tokenizer_source="union"), "tokenizer_source: only base is supported yet, got 'union'"),
         (ties(chat_template="auto"), "chat_template: not supported yet"),
         (ties(base_model=None), "base_model: ties merges differences to a base and needs one"),
+        (ties(base_model="m+"), "base_model: 'm+': a + stands between a model and its adapters"),
+        (ties(rounding="peft"), "rounding: is of adapters, and no model has any"),
+        (ties(rounding="twice"), "rounding: must be 'once' or 'peft', got 'twice'"),
         (
-            ties(base_model="m+lora"),
-            "base_model: 'm+lora' asks for an adapter on a model, which is not supported",
+            {"merge_method": "passthrough", "models": [{"model": "a"}, {"model": "b"}]},
+            "models: passthrough takes 1 model, got 2",
         ),
         (ties(base_model=7), "base_model: must be text, got 7"),
-        (ties(models=[{"model": "m+lora"}]), "models[0].model: 'm+lora' asks for an adapter"),
+        (
+            ties(models=[{"model": "m+lora"}, {"model": "m+lora"}]),
+            "models[1].model: 'm+lora' is listed twice, first as models[0]",
+        ),
+        (
+            ties(models=[{"model": "m", "adapters": [{"adapter": 1}]}]),
+            "models[0].adapters[0].adapter: must be",
+        ),
+        (
+            ties(models=[{"model": "m", "adapters": [{"adapter": "a", "weight": float("inf")}]}]),
+            "models[0].adapters[0].weight: ",
+        ),
         (ties(models=None), "models: is missing"),
         (ties(base_model=""), "base_model: must not be empty, got ''"),
         (ties(models=[]), "models: must hold at least 1, got 0"),
@@ -166,7 +184,7 @@ def test_anchors_and_merge_keys_work():
         (ties(models=["a"]), "models[0]: must be a mapping with the key model, got 'a'"),
         (
             ties(models=[{"modle": "a"}]),
-            "models[0].modle: unknown key; did you mean model? Known: model, param",
+            "models[0].modle: unknown key; did you mean model? Known: adapters, model, param",
         ),
         (ties(models=[{"parameters": {}}]), "models[0].model: is missing"),
         (ties(models=[{"model": 1}]), "models[0].model: must be text, got 1"),
@@ -212,6 +230,20 @@ def test_a_directory_with_a_plus_in_its_name_is_a_directory(tmp_path):
     assert read_recipe(
         ties(models=[{"model": str(tmp_path / "a+b"), "parameters": {"weight": 1}}])
     ).members == (0,)
+
+
+def test_adapters_of_a_model(tmp_path):
+    (tmp_path / "a+b").mkdir()
+    entry = {"model": "m", "adapters": [{"adapter": "x"}, {"adapter": "y", "weight": 0.5}]}
+    written = [{"model": f"{tmp_path}/a+b+x+y"}, entry]
+    recipe = read_recipe(ties(models=written, rounding="peft", parameters={"weight": 1}))
+    assert [m.reference.model for m in recipe.models] == [f"{tmp_path}/a+b", "m"]
+    assert [m.reference.adapters for m in recipe.models] == [
+        (("x", 1.0), ("y", 1.0)),
+        (("x", 1.0), ("y", 0.5)),
+    ]
+    assert recipe.models[1].reference.name == "m+x+y*0.5"
+    assert read_recipe(recipe.as_dict()) == recipe
 
 
 def test_the_tokenizer_may_be_asked_of_the_base():

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tests.adapter_files import factors, write_adapter
 from tests.checkpoints import load, recipe, same, write_model
 
 MEASURE = """
@@ -33,10 +35,10 @@ print(peak[0] - before)
 """
 
 
-def grown(home: Path, out: Path, memory: str) -> int:
+def grown(made: dict[str, Any], out: Path, memory: str) -> int:
     """Bytes of anonymous memory that a merge in a fresh process takes."""
     path = out.parent / "recipe.yml"
-    path.write_text(json.dumps(recipe(home, "ties", tuned=2)))
+    path.write_text(json.dumps(made))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path), str(out), memory],
         capture_output=True,
@@ -53,8 +55,25 @@ def test_anonymous_memory(tmp_path: Path) -> None:
             values = torch.randn(2000, 4000)
             state = {f"model.layers.{i}.w": (values + i).bfloat16() for i in range(layers)}
             write_model(tmp_path / str(layers) / name, state)
-    few = grown(tmp_path / "2", tmp_path / "2" / "out", "2GB")
-    many = grown(tmp_path / "8", tmp_path / "8" / "out", "2GB")
+    made = {layers: recipe(tmp_path / f"{layers}", "ties", tuned=2) for layers in (2, 8)}
+    few = grown(made[2], tmp_path / "2" / "out", "2GB")
+    many = grown(made[8], tmp_path / "8" / "out", "2GB")
     assert many <= 3 * largest + 100_000_000 and many <= few + 16_000_000
-    assert grown(tmp_path / "2", tmp_path / "2" / "small", "8MB") <= 8_000_000 + 24_000_000
+    assert grown(made[2], tmp_path / "2" / "small", "8MB") <= 8_000_000 + 24_000_000
     assert same(load(tmp_path / "2" / "out"), load(tmp_path / "2" / "small"))
+
+
+def test_adapters_take_no_more(tmp_path: Path) -> None:
+    """A tensor of four times the bound, merged with an adapter, alone and as one of two models."""
+    write_model(tmp_path / "base", {"model.q_proj.weight": torch.randn(4000, 4000).bfloat16()})
+    write_adapter(tmp_path / "a", factors("model.q_proj", 4000, 4000))
+    model = {"model": f"{tmp_path / 'base'}+{tmp_path / 'a'}"}
+    alone = {"merge_method": "passthrough", "models": [model]}
+    assert grown(alone, tmp_path / "alone", "8MB") <= 8_000_000 + 24_000_000
+    base = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "parameters": {"weight": 1},
+    }
+    assert grown({**base, "models": [model]}, tmp_path / "two", "8MB") <= 8_000_000 + 24_000_000
+    assert same(load(tmp_path / "alone"), load(tmp_path / "two"))

@@ -41,6 +41,8 @@ LAYOUT = {
     "elect_sign": "signs dtype tuned numel",
     "count_nonfinite": "dtype base numel",
     "softmax": "out out_dtype base dtype outer n inner kind mask mask_kind mask_stride sink sink_stride",
+    "merge_lora": "out out_dtype base dtype rows cols left right rank scale by_column",
+    "lora_squares": "squares base dtype rows cols left right rank by_column",
     "softmax_backward": "out out_dtype grad grad_dtype base dtype outer n inner kind",
 }
 """Leading arguments of the functions of ``_C``; ``tuned`` is a list of addresses, other tensors are one."""
@@ -68,12 +70,24 @@ def _bytes(given: dict[str, Any]) -> dict[str, int]:
         "norms": blocks * models * 16,
         "dots": blocks * models * 8,
         "bins": models * 65536 * 8,
+        "left": given.get("rows", 0) * given.get("rank", 0) * 4,
+        "right": given.get("cols", 0) * given.get("rank", 0) * 4,
+        "scale": given.get("cols" if given.get("by_column") else "rows", 0) * 4,
+        "squares": _squares(given) * 8,
         "mask": _span(given, "mask_stride", "outer n inner") * MASK_SIZES.get(given.get("mask_kind"), 0),
         "sink": _span(given, "sink_stride", "outer inner") * 4,
     }
 
 
+def _squares(given: dict[str, Any]) -> int:
+    """Sums of squares: per stretch of 48 rows and column, or per block of 4096 columns and row."""
+    rows, cols = given.get("rows", 0), given.get("cols", 0)
+    return -(-rows // 48) * cols if given.get("by_column") else -(-cols // 4096) * rows
+
+
 def _numel(given: dict[str, Any]) -> int:
+    if "cols" in given:
+        return given["rows"] * given["cols"]
     return given["numel"] if "numel" in given else _rows(given) * given["n"]
 
 
@@ -87,12 +101,16 @@ def _span(given: dict[str, Any], strides: str, sizes: str) -> int:
     return 1 + sum(step * max(given[size] - 1, 0) for step, size in steps)
 
 
-_WRITTEN = {"out", "signs", "norms", "dots", "bins"}
+_WRITTEN = {"out", "squares", "signs", "norms", "dots", "bins"}
 _EIGHT_ALIGNED = {
     "norms",
     "dots",
     "bins",
     "sink",
+    "left",
+    "right",
+    "scale",
+    "squares",
 }  # the caller's own, never a view of a file
 
 

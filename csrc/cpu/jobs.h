@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "gemm_jobs.h"
+#include "lora_jobs.h"
 #include "softmax_jobs.h"
 
 namespace pk::cpu {
@@ -80,6 +82,11 @@ struct Kernels {
   void (*elect_sign)(int8_t* out, const Merge&, int combine, int64_t begin, int64_t end);
   int64_t (*count_nonfinite)(int dtype, const void* data, int64_t begin, int64_t end);
   void (*ideal)(void* out, const void* const* inputs, int n, int64_t begin, int64_t end);
+  void (*merge_lora)(const MergeLora&, int64_t begin, int64_t end);
+  void (*lora_squares)(const MergeLora&, bool by_column, double* sums, int64_t begin, int64_t end);
+  void (*pack_panels)(const float* right, int64_t rank, int64_t cols, int dtype, float* panels, int64_t begin,
+                      int64_t end);
+  int (*panel_width)();
   void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);  // n + kSlack floats
   void (*softmax_columns)(const Softmax&, int64_t outer, int64_t first, int tiles, float* scratch);
   void (*softmax_narrow)(const Softmax&, int64_t outer, float* scratch);
@@ -91,6 +98,20 @@ struct Kernels {
   double (*softmax_backward_sum)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end);
   void (*softmax_backward_write)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end, float sum);
   void (*softmax_backward_columns)(const SoftmaxBackward&, int64_t outer, int64_t first, float* scratch);
+  // Products of matrices. `rows` (null: as they are) says where row i stands; a tile of sums `c` has rows of
+  // kGemmWidth, the left operand rows of kGemmDepth, the right one panels of (k1 - k0) x the panel's width.
+  void (*gemm_widen)(const Matrix&, const int64_t* rows, int64_t i0, int64_t i1, int64_t k0, int64_t k1,
+                     const Dropout*, int64_t stride, float* to);
+  void (*gemm_pack)(const Matrix&, const int64_t* rows, int64_t k0, int64_t k1, int64_t n0, int64_t n1,
+                    float scale, const Dropout*, float* to);
+  void (*gemm_multiply)(const float* a, int64_t rows, const float* b, int64_t width, int64_t depth, float* c,
+                        bool add, const Ahead&);
+  void (*gemm_dots)(const Matrix& b, int64_t n0, int64_t n1, const float* x, int64_t rows, int64_t stride,
+                    int64_t depth, float* c);
+  void (*gemm_add_kept)(float* c, const float* t, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,
+                        int64_t n1, const Dropout&);
+  void (*gemm_finish)(const float* c, const GemmOut&, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,
+                      int64_t n1);
 };
 
 constexpr int kSampleGroup = 32;  // consecutive elements that gather_keys takes per start

@@ -18,6 +18,10 @@ int64_t nth_equal(int, const void*, const void*, uint32_t, int64_t, int64_t, int
 void elect_sign(int8_t*, const Merge&, int, int64_t, int64_t);
 int64_t count_nonfinite(int, const void*, int64_t, int64_t);
 void ideal(void*, const void* const*, int, int64_t, int64_t);
+void merge_lora(const MergeLora&, int64_t, int64_t);
+void lora_squares(const MergeLora&, bool, double*, int64_t, int64_t);
+void pack_panels(const float*, int64_t, int64_t, int, float*, int64_t, int64_t);
+int panel_width();
 void softmax_rows(const Softmax&, int64_t, int64_t, float*);
 void softmax_columns(const Softmax&, int64_t, int64_t, int, float*);
 void softmax_narrow(const Softmax&, int64_t, float*);
@@ -29,6 +33,14 @@ void softmax_write(const Softmax&, int64_t, int64_t, int64_t, float, const Answe
 double softmax_backward_sum(const SoftmaxBackward&, int64_t, int64_t, int64_t);
 void softmax_backward_write(const SoftmaxBackward&, int64_t, int64_t, int64_t, float);
 void softmax_backward_columns(const SoftmaxBackward&, int64_t, int64_t, float*);
+void gemm_widen(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout*, int64_t,
+                float*);
+void gemm_pack(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, const Dropout*,
+               float*);
+void gemm_multiply(const float*, int64_t, const float*, int64_t, int64_t, float*, bool, const Ahead&);
+void gemm_dots(const Matrix&, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*);
+void gemm_add_kept(float*, const float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout&);
+void gemm_finish(const float*, const GemmOut&, const int64_t*, int64_t, int64_t, int64_t, int64_t);
 
 }  // namespace PK_ISA
 
@@ -54,6 +66,10 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::elect_sign,
     PK_ISA::count_nonfinite,
     PK_ISA::ideal,
+    PK_ISA::merge_lora,
+    PK_ISA::lora_squares,
+    PK_ISA::pack_panels,
+    PK_ISA::panel_width,
     PK_ISA::softmax_rows,
     PK_ISA::softmax_columns,
     PK_ISA::softmax_narrow,
@@ -65,6 +81,12 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::softmax_backward_sum,
     PK_ISA::softmax_backward_write,
     PK_ISA::softmax_backward_columns,
+    PK_ISA::gemm_widen,
+    PK_ISA::gemm_pack,
+    PK_ISA::gemm_multiply,
+    PK_ISA::gemm_dots,
+    PK_ISA::gemm_add_kept,
+    PK_ISA::gemm_finish,
 };
 
 }  // namespace pk::cpu

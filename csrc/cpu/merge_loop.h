@@ -1,6 +1,6 @@
 // The streaming merge that linear, TIES with known cuts and DARE share: keep policy x combine policy.
 #pragma once
-#include "lanes.h"
+#include "draws.h"
 
 namespace pk::cpu::PK_ISA {
 
@@ -36,21 +36,7 @@ struct KeepRandom {
   PK_MEMBER explicit KeepRandom(const Merge&) {}
   PK_MEMBER void start(const Merge& job, int64_t tile_start) {
     const uint64_t counter = uint64_t(job.offset + tile_start) / kTile * 16;
-    for (int m = 0; m < job.n; m++) {
-      for (int q = 0; q < 8 / kWide; q++) {
-        const uint32_t first = uint32_t(counter) + uint32_t(2 * kWide * q);
-        W e0 = count_by_two(first), e1 = broadcast_wide(uint32_t(counter >> 32));
-        W e2 = broadcast_wide(job.models[m].index), e3 = broadcast_wide(0);
-        W o0 = count_by_two(first + 1), o1 = e1, o2 = e2, o3 = e3;
-        philox10(e0, e1, e2, e3, job.key0, job.key1);
-        philox10(o0, o1, o2, o3, job.key0, job.key1);
-        uint32_t* to = draws[m] + 2 * kWide * q;
-        store_joined(to, e0, o0);
-        store_joined(to + 16, e1, o1);
-        store_joined(to + 32, e2, o2);
-        store_joined(to + 48, e3, o3);
-      }
-    }
+    for (int m = 0; m < job.n; m++) draw_tile(counter, job.models[m].index, job.key0, job.key1, draws[m]);
   }
   PK_MEMBER void masks(const Model& model, int m, int64_t in_tile, Pair d, M& a, M& b) const {
     const U words = load_words(draws[m] + in_tile / 2);

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pykernels.engine.files import TORCH_DTYPE, FileError, inside, open_regular, shown
+from pykernels.engine.recipe import Reference
 from pykernels.engine.units import Plan
 
 CARD = "README.md"
@@ -65,12 +66,24 @@ def with_dtype(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """``config`` with the type that most merged bytes have; nested configs where they name one."""
     held: Counter[str] = Counter()
     for out in plan.outputs:
-        if out.action == "merge":
+        if out.action != "copy":
             held[out.dtype] += out.nbytes
+    for key, value in plan.config.items():
+        config = _overridden(config, key, value)
     if not held:
         return config
     name = str(TORCH_DTYPE[held.most_common(1)[0][0]]).removeprefix("torch.")
     return {**_renamed(config, name), "torch_dtype": name}
+
+
+def _overridden(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """``config`` with a key at its top, and in nested configs that have it."""
+    nested = {
+        name: _overridden(inner, key, value)
+        for name, inner in config.items()
+        if isinstance(inner, dict) and key in inner
+    }
+    return {**config, **nested, key: value}
 
 
 def _renamed(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -89,9 +102,13 @@ def model_card(plan: Plan) -> str:
 
     names = [model.name for model in plan.models]
     head = {"library_name": "transformers", "tags": ["merge", "pykernels"]}
-    if hub := [name for name in names if not Path(name).is_dir()]:
+    bases = [Reference.of(name).model for name in names]
+    if hub := [name for name in dict.fromkeys(bases) if not Path(name).is_dir()]:
         head["base_model"] = hub
-    listed = "\n".join(f"- `{name}`" for name in names)
+    listed = "\n".join(
+        f"- `{model.name}`{f', with {len(model.adapters)} adapter(s) merged' if model.adapters else ''}"
+        for model in plan.models
+    )
     recipe = yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# Merged model\n\n"

@@ -9,14 +9,24 @@ from typing import Any, Protocol
 import torch
 
 from pykernels.engine.arena import Arena
-from pykernels.engine.files import TORCH_DTYPE
+from pykernels.engine.files import TORCH_DTYPE, shown
 from pykernels.engine.mapped import Inputs
-from pykernels.engine.passes import BLOCK, chunks, common_dtype, input_width, merge_whole, model_statistic
-from pykernels.engine.units import Output, Plan
+from pykernels.engine.passes import (
+    BLOCK,
+    chunks,
+    common_dtype,
+    input_width,
+    is_adapted,
+    merge_whole,
+    model_statistic,
+)
+from pykernels.engine.units import Adapted, Output, Plan
 from pykernels.methods import METHODS, Method, Statistic
 
 CHUNK_BYTES = 8 << 20
 MIN_MEMORY = 1_000_000
+WHOLE_COPIES = 4
+"""Copies in float32 that a merge of a whole adapted tensor may hold at once: product, sum, norm, result."""
 LEAST_WHOLE = 32 << 20
 """Bytes of output up to which a tensor is worth computing at once even in the smallest merges."""
 
@@ -43,13 +53,14 @@ class Budget:
         """``chunk`` bytes of output at a time; a tensor of up to ``whole`` bytes may be computed at once.
 
         The ring then holds two of the largest, so that one is computed while the other is written.
-        Raises ValueError for less memory than the smallest chunks need.
+        Raises ValueError for less memory than the smallest chunks need, or (``strict``) than a tensor that
+        must be whole.
         """
         check_memory(memory)
         method = METHODS[plan.method]
         merged = [out for out in plan.outputs if out.action == "merge"]
         scratch = max((method.scratch(o.numel, len(o.tuned)) for o in merged), default=0)
-        chunk = min(CHUNK_BYTES, max(BLOCK * 8, memory // 16))
+        chunk = max(min(CHUNK_BYTES, max(BLOCK * 8, memory // 16)), _longest_row(plan))
         # The first touch of the ring is dear: it stays small beside the output.
         room = min((memory - scratch - (4 << 20)) // 2, max(LEAST_WHOLE, plan.total_write // 16))
         whole = room if scratch and room > 0 else 0
@@ -61,6 +72,30 @@ def check_memory(memory: int) -> None:
     """Raise ValueError for less than the smallest chunks need."""
     if memory < MIN_MEMORY:
         raise ValueError(f"memory must be at least {MIN_MEMORY} bytes, got {memory}")
+
+
+def check_wholes(plan: Plan, memory: int) -> None:
+    """Raise ValueError for an adapted tensor that must be whole and does not fit."""
+    for out in plan.outputs:
+        for source in out.sources:
+            if (
+                isinstance(source, Adapted)
+                and source.whole
+                and (need := WHOLE_COPIES * 4 * out.numel) > memory
+            ):
+                raise ValueError(
+                    f"memory must be at least {need} bytes for tensor {shown(out.name)}, which must be "
+                    f"whole (rounding peft, or norms of columns), got {memory}"
+                )
+
+
+def _longest_row(plan: Plan) -> int:
+    """Bytes of the longest row that adapters change; pieces are whole rows."""
+    adapted = (o for o in plan.outputs if o.action == "adapt" and o.numel)
+    rows = (
+        s.columns * TORCH_DTYPE[o.dtype].itemsize for o in adapted for s in o.tuned if isinstance(s, Adapted)
+    )
+    return max(rows, default=0)
 
 
 class Compute:
@@ -106,6 +141,8 @@ class Compute:
             return
         if out.action == "copy":
             self._copy(index, out, sink)
+        elif out.action == "adapt":
+            self._adapt(index, out, sink)
         else:
             self._merge(index, out, sink)
 
@@ -115,6 +152,19 @@ class Compute:
             target = sink.reserve(count, torch.uint8, index, last=start + count == out.nbytes)
             target.copy_(self._inputs.bytes(out.sources[0], start, count))
             self._done(count * (1 + len(out.sources)), out.name)
+
+    def _adapt(self, index: int, out: Output, sink: Sink) -> None:
+        """The one source, rows at a time, straight into the file's memory where it has the file's dtype."""
+        source, dtype = out.sources[0], TORCH_DTYPE[out.dtype]
+        columns = source.columns if isinstance(source, Adapted) else 1
+        step = max(1, self._budget.chunk // (columns * dtype.itemsize)) * columns
+        for first, count in chunks(out.numel, step):
+            target = sink.reserve(count * dtype.itemsize, dtype, index, last=first + count == out.numel)
+            if source.dtype == out.dtype:
+                self._inputs.elements(source, first, count, target)
+            else:
+                target.copy_(self._inputs.elements(source, first, count))
+            self._done(count * (dtype.itemsize + input_width(out)), out.name)
 
     def _merge(self, index: int, out: Output, sink: Sink) -> None:
         dtype, p, method = TORCH_DTYPE[out.dtype], out.params, self._method
@@ -158,8 +208,8 @@ class Compute:
         return max(BLOCK, min(fit, self._exact(out)))
 
     def _exact(self, out: Output) -> int:
-        """Elements that inputs can give at once: all of them, or what fits where they are first widened."""
-        if len({source.dtype for source in out.sources}) == 1:
+        """Elements that inputs can give at once: all, or what fits where they are widened or adapted."""
+        if len({source.dtype for source in out.sources}) == 1 and not is_adapted(out):
             return out.numel
         fit = self._budget.chunk * 2 // (common_dtype(out.sources).itemsize * len(out.sources))
         return max(BLOCK, fit // BLOCK * BLOCK)

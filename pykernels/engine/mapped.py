@@ -8,13 +8,15 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from threading import Lock
 
 import torch
 
-from pykernels.engine.files import TORCH_DTYPE, FileError, FileIdentity, open_regular, shown
-from pykernels.engine.units import Source
+from pykernels.engine.adapted import AdaptedTensors
+from pykernels.engine.files import TORCH_DTYPE, FileError, FileIdentity, TensorInfo, open_regular, shown
+from pykernels.engine.units import Adapted, Source
 
 PAGE = 4096
 MAX_OPEN = 64
@@ -74,6 +76,7 @@ class Inputs:
         self._identities = identities
         self._open: OrderedDict[str, MappedFile] = OrderedDict()
         self._lock = Lock()
+        self.adapted = AdaptedTensors(self._stored)
 
     def file(self, path: str) -> MappedFile:
         """The mapped file. Raises FileError when it changed since it was planned."""
@@ -86,8 +89,27 @@ class Inputs:
             mapped = self._open[path] = MappedFile(path, self._identities.get(path))
             return mapped
 
-    def elements(self, source: Source, first: int, count: int) -> torch.Tensor:
-        """``count`` elements of a source from flat index ``first`` on, 1-D, aliasing the file."""
+    def elements(
+        self, source: Source, first: int, count: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``count`` elements of a source from flat index ``first`` on, 1-D; ``out`` (same dtype) takes them.
+
+        They alias the file, unless adapters change them or there is an ``out``.
+        """
+        if isinstance(source, Adapted):
+            return self.adapted.elements(source, first, count, out)
+        stored = self._stored(source, first, count)
+        return stored if out is None else out.copy_(stored)
+
+    def matrix(self, info: TensorInfo) -> torch.Tensor:
+        """A whole tensor of an adapter, [rows, columns], aliasing the file."""
+        return self._stored(info, 0, prod(info.shape)).view(info.shape[0], -1)
+
+    def bytes_of(self, info: TensorInfo) -> torch.Tensor:
+        """The bytes of a whole tensor, whatever its dtype."""
+        return self.file(info.file).tensor(info.start, info.end, torch.uint8)
+
+    def _stored(self, source: Source | TensorInfo, first: int, count: int) -> torch.Tensor:
         dtype = TORCH_DTYPE[source.dtype]
         start = source.start + first * dtype.itemsize
         return self.file(source.file).tensor(start, start + count * dtype.itemsize, dtype)

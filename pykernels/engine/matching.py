@@ -7,13 +7,14 @@ left out silently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pykernels.adapters.change import Change
 from pykernels.engine.files import MERGEABLE, Checkpoint, TensorInfo, shown
 from pykernels.engine.layers import natural
-from pykernels.engine.units import Source
+from pykernels.engine.units import Adapted, Source
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -26,12 +27,32 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """An opened input model. ``config`` is its config.json, empty where there is none."""
+    """An opened input model. ``config`` is its config.json, empty where there is none.
+
+    ``changes``: what adapters do to its tensors, by name, with ``rounding``. ``adapters`` and ``modules``: of
+    a :class:`ModelRef`. ``untied``: they brought it a head of its own. ``said``: what a user should know of
+    them.
+    """
 
     index: int
     name: str
     checkpoint: Checkpoint
     config: dict[str, Any]
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    rounding: str = "once"
+    adapters: tuple[str, ...] = ()
+    modules: tuple[dict[str, int], ...] = ()
+    same: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    twins: tuple[tuple[Change, Change], ...] = ()
+    untied: bool = False
+    said: tuple[str, ...] = ()
+
+    def source(self, info: TensorInfo) -> Source:
+        """One of its tensors as an input."""
+        place = (self.index, info.file, info.dtype, info.start, info.end, info.name)
+        if changes := self.changes.get(info.name):
+            return Adapted(*place, shape=info.shape, changes=changes, rounding=self.rounding)
+        return Source(*place)
 
     @property
     def ties(self) -> bool:
@@ -172,7 +193,7 @@ def _sources(found: Match, want: TensorInfo, layout: Model, readers: Sequence[Mo
     else:
         if aliased:
             found.notes.append(f"tensor {shown(name)}: tied, read from {_each(aliased)}")
-        return [Source(m.index, i.file, i.dtype, i.start, i.end, i.name) for m, i in infos]
+        return [m.source(i) for m, i in infos]
     return None
 
 
@@ -188,7 +209,7 @@ def _extra(found: Match, layout: Model, model: Model) -> None:
                 f"tensor {shown(name)} of {shown(model.name)} is missing in {shown(layout.name)}"
             )
             continue
-        pair = [Source(model.index, i.file, i.dtype, i.start, i.end, i.name) for i in (info, twin)]
+        pair = [model.source(i) for i in (info, twin)]
         if info.dtype != twin.dtype:
             found.problems.append(
                 f"{shown(model.name)} ties {shown(name)} to {shown(twin.name)}, but their types differ: "

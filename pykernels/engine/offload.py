@@ -20,7 +20,7 @@ from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.lane import Held, Lane, cut
 from pykernels.engine.loads import ALIGN
 from pykernels.engine.mapped import Inputs
-from pykernels.engine.passes import common_dtype, input_width, model_statistic
+from pykernels.engine.passes import common_dtype, input_width, is_adapted, model_statistic
 from pykernels.engine.schedule import (
     RING,
     STAGES,
@@ -174,5 +174,5 @@ class Offload:
 
 
 def _wide(plan: Plan) -> bool:
-    """Whether scope "model" spans float64 tensors, which are the CPU's."""
-    return any(common_dtype(out.sources) == torch.float64 for out in plan.segment())
+    """Whether scope "model" spans tensors that are the CPU's: of float64, or changed by adapters."""
+    return any(common_dtype(out.sources) == torch.float64 or is_adapted(out) for out in plan.segment())

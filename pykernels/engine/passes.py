@@ -8,7 +8,7 @@ from functools import cache, reduce
 import torch
 
 from pykernels.engine.files import TORCH_DTYPE
-from pykernels.engine.units import Output, Plan, Source
+from pykernels.engine.units import Adapted, Output, Plan, Source
 from pykernels.methods import METHODS, Method, Params, Statistic
 
 BLOCK = 4096
@@ -50,6 +50,11 @@ def common_dtype(sources: tuple[Source, ...]) -> torch.dtype:
 @cache
 def _promoted(codes: frozenset[str]) -> torch.dtype:
     return reduce(torch.promote_types, (TORCH_DTYPE[code] for code in sorted(codes)))
+
+
+def is_adapted(out: Output) -> bool:
+    """Whether adapters change one of its inputs: then they are computed, and not just there."""
+    return any(isinstance(source, Adapted) for source in out.sources)
 
 
 def input_width(out: Output) -> int:

@@ -8,23 +8,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pykernels.engine.attach import attach
 from pykernels.engine.differences import differences
 from pykernels.engine.files import FileError, inside, open_checkpoint, open_regular, resolve_model, shown
 from pykernels.engine.header import BITS
 from pykernels.engine.layers import layer_of, stacks
 from pykernels.engine.layout import lay_out
 from pykernels.engine.matching import Matched, Model, PlanError, match
-from pykernels.engine.recipe import Recipe
+from pykernels.engine.recipe import Recipe, Reference
 from pykernels.engine.settings import known
-from pykernels.engine.units import ROW_HEAD, ModelRef, Output, Plan, Shard, Source
+from pykernels.engine.units import ROW_HEAD, Adapted, ModelRef, Output, Plan, Shard, Source
 from pykernels.methods import Params
 
 __all__ = ["ROW_HEAD", "ModelRef", "Output", "Plan", "PlanError", "Shard", "Source", "make_plan"]
 
 SHARD_SIZE = 5_000_000_000
+PASSTHROUGH = "passthrough"
 _MAX_CONFIG = 10_000_000
 
 
@@ -47,45 +50,64 @@ def make_plan(
         outputs = _segment(recipe, outputs, models)
     metadata = {"format": "pt"}
     placed, shards = lay_out(outputs, shard_size, metadata)
-    warnings = [w for m in models for w in m.checkpoint.warnings]
-    refs = (ModelRef(m.name, str(m.checkpoint.path), dict(m.checkpoint.files)) for m in models)
+    warnings = [w for m in models for w in (*m.checkpoint.warnings, *m.said)]
     return Plan(
         recipe=recipe.as_dict(), method=recipe.merge_method, scope=recipe.scope, seed=recipe.seed,
-        models=tuple(refs), base=base.index if base else None, config_from=layout.index,
-        outputs=placed, shards=shards, metadata=metadata, same=tuple(found.same),
+        models=tuple(map(_reference, models)), base=base.index if base else None, config_from=layout.index,
+        outputs=placed, shards=shards, metadata=metadata, same=(*found.same, *_equal(models)),
         dropped=tuple(found.dropped), notes=(*warnings, *found.notes, *differences(recipe, placed)),
-        total_read=sum(s.nbytes for o in placed for s in o.sources),
+        total_read=sum(_read_bytes(s) for o in placed for s in o.sources),
         total_write=sum(s.nbytes for s in shards),
+        twins=tuple(pair for m in models for pair in m.twins),
+        config={"tie_word_embeddings": False} if layout.untied else {},
     )  # fmt: skip
+
+
+def _reference(model: Model) -> ModelRef:
+    path, files = str(model.checkpoint.path), dict(model.checkpoint.files)
+    return ModelRef(model.name, path, files, model.adapters, model.modules)
+
+
+def _equal(models: Sequence[Model]) -> list[tuple[Source, Source]]:
+    """Tensors that several files of adapters hold, and that must be the same."""
+    bare = (replace(m, changes={}) for m in models)
+    return [(m.source(one), m.source(other)) for m in bare for one, other in m.same]
+
+
+def _read_bytes(source: Source) -> int:
+    return source.nbytes + (source.added if isinstance(source, Adapted) else 0)
 
 
 def _open_models(recipe: Recipe, allow_download: bool) -> tuple[list[Model], Model, Model | None]:
     """All models, the one that gives layout and config, and the one that deltas are taken from."""
-    places = [(f"models[{i}].model", m.model) for i, m in enumerate(recipe.models)]
-    names = [name for _, name in places]
-    if recipe.base_model is not None and recipe.base_model not in names:
-        places.append(("base_model", recipe.base_model))
     models: list[Model] = []
-    for where, name in places:
-        models.append(_open(f"{recipe.label}: {where}", len(models), name, allow_download))
-        real = os.path.realpath(models[-1].checkpoint.path)
-        for other in models[:-1]:
-            if os.path.realpath(other.checkpoint.path) == real:
-                raise PlanError(
-                    f"{recipe.label}: {where}: {shown(name)} is the same directory as {shown(other.name)}; "
-                    "name a model in one way"
-                )
+    places: dict[object, str] = {}
+    for where, reference in recipe.references:
+        told = f"{recipe.label}: {where}"
+        model = _open(told, len(models), reference, recipe.rounding or "once", allow_download)
+        weights = tuple(weight for _, weight in reference.adapters)
+        real = tuple(map(os.path.realpath, (str(model.checkpoint.path), *model.adapters)))
+        if (other := places.setdefault((real, weights), model.name)) != model.name:
+            raise PlanError(
+                f"{told}: {shown(model.name)} is the same directory as {shown(other)}; "
+                "name a model in one way"
+            )
+        models.append(model)
     layout = next((m for m in models if m.name == recipe.base_model), models[0])
     return models, layout, layout if recipe.method.needs_base else None
 
 
-def _open(where: str, index: int, name: str, allow_download: bool) -> Model:
+def _open(where: str, index: int, reference: Reference, rounding: str, allow_download: bool) -> Model:
+    name = reference.model
     try:
         path = resolve_model(name, allow_download=allow_download)
     except FileError as e:
         beside = _models_beside(Path(name))
         raise PlanError(f"{where}: {e}" + (f"; {known(name, beside)}" if beside else "")) from None
-    return Model(index, name, open_checkpoint(path), _read_config(path))
+    model = Model(index, reference.name, open_checkpoint(path), _read_config(path))
+    if not reference.adapters:
+        return model
+    return attach(model, reference.adapters, rounding=rounding, allow_download=allow_download)
 
 
 def _models_beside(path: Path) -> list[str]:
@@ -117,8 +139,11 @@ def _output(recipe: Recipe, found: Matched, depth: dict[str, int]) -> Output:
     """An output with its parameters; ``start`` and ``end`` hold its length until it is laid out."""
     first = found.base or found.tuned[0]
     params: Params = {}
-    dtype = first.dtype
-    if found.action == "merge":
+    dtype, action = first.dtype, found.action
+    if action == "merge" and recipe.merge_method == PASSTHROUGH:
+        dtype = recipe.output_dtype or dtype
+        action = "adapt" if isinstance(first, Adapted) or dtype != first.dtype else "copy"
+    elif action == "merge":
         stack, layer = layer_of(found.name) or ("", None)
         params = recipe.resolve(found.name, layer, depth.get(stack, 0))
         # Tied tensors must stay equal, so they draw the same masks.
@@ -127,7 +152,7 @@ def _output(recipe: Recipe, found: Matched, depth: dict[str, int]) -> Output:
     elements = first.nbytes * 8 // BITS[first.dtype]
     return Output(
         name=found.name, dtype=dtype, shape=found.shape, shard=0, start=0, end=elements * BITS[dtype] // 8,
-        action=found.action, base=found.base, tuned=found.tuned, params=params, alias_of=found.alias_of,
+        action=action, base=found.base, tuned=found.tuned, params=params, alias_of=found.alias_of,
     )  # fmt: skip
 
 

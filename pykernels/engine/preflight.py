@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pykernels.adapters.change import Change
 from pykernels.engine.files import TORCH_DTYPE, shown
 from pykernels.engine.mapped import Inputs, check_identity
 from pykernels.engine.units import Plan, Source
@@ -65,6 +66,8 @@ def check_equal(plan: Plan, inputs: Inputs) -> None:
                         f"tensor {shown(out.name)} ({out.dtype}) is copied, not averaged, and differs "
                         f"between {_model(plan, out.sources[0])} and {_model(plan, source)}: {found}"
                     )
+    for head, embedding in plan.twins:
+        _check_twin(inputs, head, embedding)
     for one, other in plan.same:
         if found := _difference(inputs, one, other):
             raise OutputError(
@@ -73,8 +76,21 @@ def check_equal(plan: Plan, inputs: Inputs) -> None:
             )
 
 
+def _check_twin(inputs: Inputs, head: Change, embedding: Change) -> None:
+    """A tied adapter's head has A = B.T and B = A.T of the embedding, for one change is made for both."""
+    for one, other in zip(head.tensors[:2], embedding.tensors[1::-1], strict=True):
+        a, b = inputs.matrix(one), inputs.matrix(other)
+        if a.shape != b.t().shape or not torch.equal(a, b.t()):
+            raise OutputError(
+                f"{shown(one.file, 300)}: tensor {shown(one.name)} must be the transpose of "
+                f"{shown(other.name)}, as ensure_weight_tying has it for tied embeddings, and is not"
+            )
+
+
 def _model(plan: Plan, source: Source) -> str:
-    return shown(plan.models[source.model].name)
+    """The model that a tensor is of, or the adapter that came with it."""
+    model = plan.models[source.model]
+    return shown(next((a for a in model.adapters if str(Path(source.file).parent) == a), model.name))
 
 
 def _difference(inputs: Inputs, one: Source, other: Source) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -16,6 +16,7 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F6
 """Output types by their recipe name, with the safetensors code."""
 
 MAX_MODELS = 64
+MAX_ADAPTERS = 64
 MAX_SEED = 2**64 - 1
 _UNSUPPORTED = ("slices", "modules", "tokenizer", "chat_template")
 _EITHER_PLACE = ("scope", "seed")  # top level is their place; under parameters they mean the same
@@ -25,12 +26,45 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the text names the file, the key, the value and what is known."""
 
 
+class AdapterEntry(BaseModel):
+    """One entry of a model's ``adapters``: a directory or hub id; ``weight`` multiplies its scaling."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    adapter: str = Field(min_length=1)
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+
+
+class Reference(NamedTuple):
+    """A model of a merge: name in messages, directory or hub id, and the (adapter, weight) merged into it."""
+
+    name: str
+    model: str
+    adapters: tuple[tuple[str, float], ...]
+
+    @staticmethod
+    def of(text: str) -> Reference:
+        """mergekit's ``model+adapter``; several are merged in their order. A directory is a model."""
+        parts = text.split("+")
+        whole = next((n for n in range(len(parts), 1, -1) if Path("+".join(parts[:n])).is_dir()), 1)
+        return Reference(text, "+".join(parts[:whole]), tuple((name, 1.0) for name in parts[whole:]))
+
+
 class ModelEntry(BaseModel):
-    """One entry of ``models``: a directory or hub id, and its own parameters."""
+    """One entry of ``models``: a directory or hub id, its own parameters, adapters merged into it first."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     model: str = Field(min_length=1)
+    adapters: list[AdapterEntry] | None = Field(default=None, max_length=MAX_ADAPTERS)
     parameters: dict[str, Any] = {}
+
+    @property
+    def reference(self) -> Reference:
+        """What is read for it."""
+        if not self.adapters:
+            return Reference.of(self.model)
+        added = tuple((a.adapter, a.weight) for a in self.adapters)
+        told = "".join(f"+{name}" + (f"*{weight:g}" if weight != 1 else "") for name, weight in added)
+        return Reference(self.model + told, self.model, added)
 
 
 class Recipe(BaseModel):
@@ -45,6 +79,7 @@ class Recipe(BaseModel):
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     scope: Literal["tensor", "model"] = "tensor"
+    rounding: Literal["once", "peft"] | None = None
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     _label: str = PrivateAttr(default="recipe")
 
@@ -62,7 +97,15 @@ class Recipe(BaseModel):
     def members(self) -> tuple[int, ...]:
         """Indices into ``models`` of those merged; a base has no delta and is left out, as in mergekit."""
         skip = self.base_model if self.method.needs_base else None
-        return tuple(i for i, m in enumerate(self.models) if m.model != skip)
+        return tuple(i for i, m in enumerate(self.models) if m.reference.name != skip)
+
+    @property
+    def references(self) -> list[tuple[str, Reference]]:
+        """Every model with its place in the recipe; the base comes last where it is not among ``models``."""
+        found = [(f"models[{i}].model", m.reference) for i, m in enumerate(self.models)]
+        if self.base_model is not None and self.base_model not in [r.name for _, r in found]:
+            found.append(("base_model", Reference.of(self.base_model)))
+        return found
 
     @property
     def output_dtype(self) -> str | None:
@@ -104,6 +147,21 @@ class Recipe(BaseModel):
                 "and neither the model's nor the top-level parameters give it"
             )
         return default
+
+
+def adapter_recipe(
+    base: str, adapters: Sequence[str], weights: Sequence[float] = (), rounding: str = "once"
+) -> Recipe:
+    """The recipe that merges PEFT adapters into one model; a weight per adapter, or none for 1 each.
+
+    Raises RecipeError.
+    """
+    if weights and len(weights) != len(adapters):
+        raise RecipeError(f"weight: give one per adapter, {len(adapters)}, or none; got {len(weights)}")
+    given = [float(weight) for weight in weights] or [1.0] * len(adapters)
+    entries = [{"adapter": a, "weight": w} for a, w in zip(adapters, given, strict=True)]
+    entry = {"model": base, "adapters": entries}
+    return read_recipe({"merge_method": "passthrough", "models": [entry], "rounding": rounding}, "lora merge")
 
 
 def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, label: str | None = None) -> Recipe:
@@ -215,20 +273,21 @@ def _method(name: Any) -> Method:
 
 
 def _check_models(recipe: Recipe) -> None:
-    names = [(f"models[{i}].model", m.model) for i, m in enumerate(recipe.models)]
-    if recipe.base_model is not None:
-        names.append(("base_model", recipe.base_model))
-    for where, name in names:
-        if "+" in name and not Path(name).is_dir():
-            raise ValueError(
-                f"{where}: {shown(name)} asks for an adapter on a model, which is not supported yet"
-            )
+    for where, reference in recipe.references:
+        if not all((reference.model, *(name for name, _ in reference.adapters))):
+            raise ValueError(f"{where}: {shown(reference.name)}: a + stands between a model and its adapters")
     first: dict[str, int] = {}
     for i, m in enumerate(recipe.models):
-        if first.setdefault(m.model, i) != i:
+        name = m.reference.name
+        if first.setdefault(name, i) != i:
             raise ValueError(
-                f"models[{i}].model: {shown(m.model)} is listed twice, first as models[{first[m.model]}]"
+                f"models[{i}].model: {shown(name)} is listed twice, first as models[{first[name]}]"
             )
+    if recipe.rounding is not None and not any(r.adapters for _, r in recipe.references):
+        raise ValueError("rounding: is of adapters, and no model has any")
+    limit = recipe.method.max_models
+    if limit is not None and len(recipe.members) > limit:
+        raise ValueError(f"models: {recipe.merge_method} takes {limit} model, got {len(recipe.members)}")
     if recipe.method.needs_base and recipe.base_model is None:
         raise ValueError(f"base_model: {recipe.merge_method} merges differences to a base and needs one")
     if not recipe.members:

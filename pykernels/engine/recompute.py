@@ -13,7 +13,9 @@ from pykernels.backends import use_backend
 from pykernels.engine.compute import MIN_MEMORY, Budget, Compute
 from pykernels.engine.files import TORCH_DTYPE, FileError, shown
 from pykernels.engine.mapped import Inputs, MappedFile
-from pykernels.engine.units import Output, Plan
+from pykernels.engine.passes import chunks
+from pykernels.engine.recompute_adapted import slack as adapted_slack
+from pykernels.engine.units import Adapted, Output, Plan, Source
 
 ELEMENTS = 1 << 23
 """Elements that all samples have together, at the most: seconds of the reference."""
@@ -49,8 +51,13 @@ def recompute(
     failures: list[str] = []
     notes: list[str] = []
     names: list[str] = []
-    inputs = Inputs({path: i for model in plan.models for path, i in model.identities.items()})
-    compute = Compute(plan, inputs, Budget.of(plan, max(MEMORY, MIN_MEMORY)), lambda nbytes, name: None)
+    identities = {path: i for model in plan.models for path, i in model.identities.items()}
+    inputs = Inputs(identities)
+    with use_backend("ref"):
+        exact = Inputs(identities)  # whose adapters the reference merges
+    budget = Budget.of(plan, max(MEMORY, MIN_MEMORY))
+    compute = Compute(plan, inputs, budget, lambda nbytes, name: None)
+    adapting = Compute(plan, exact, budget, lambda nbytes, name: None)
     chosen = _choose(outputs, count)
     try:
         if chosen and plan.scope == "model":
@@ -58,10 +65,11 @@ def recompute(
         for output in chosen:
             with use_backend("ref"):
                 memory = _Memory()
-                compute.run(0, output, memory)
+                (adapting if output.action == "adapt" else compute).run(0, output, memory)
             shard = plan.shards[output.shard].name
             written = MappedFile(str(out / shard)).tensor(output.start, output.end, TORCH_DTYPE[output.dtype])
             wrong = _count_wrong(plan.method, output, inputs, written, torch.cat(memory.pieces))
+            wrong += _count_inputs(output, inputs, exact) if output.action == "merge" else 0
             if wrong:
                 failures.append(
                     f"{shard}: tensor {shown(output.name)}: {wrong} of {output.numel} elements are not "
@@ -72,6 +80,7 @@ def recompute(
         notes.append(f"not recomputed, the inputs are not at hand: {error}")
     finally:
         inputs.close()
+        exact.close()
     return failures, notes, names
 
 
@@ -88,7 +97,7 @@ def _survey(plan: Plan, compute: Compute) -> list[str]:
 
 def _choose(outputs: Sequence[Output], count: int) -> list[Output]:
     """A fixed random choice of merged outputs; the smallest alone when all are too large."""
-    merged = [o for o in outputs if o.action == "merge" and o.numel]
+    merged = [o for o in outputs if o.action != "copy" and o.numel]
     random.Random(len(merged)).shuffle(merged)
     chosen: list[Output] = []
     for output in merged:
@@ -101,13 +110,43 @@ def _count_wrong(
     method: str, output: Output, inputs: Inputs, written: torch.Tensor, reference: torch.Tensor
 ) -> int:
     """How many elements are further from the reference than rounding explains."""
-    factors, wrong = _factors(method, output), 0
-    for first in range(0, output.numel, STEP):
-        count = min(STEP, output.numel - first)
+    wrong = 0
+    if output.action == "adapt":
+        for first, count in chunks(output.numel, STEP):
+            source, piece = output.sources[0], slice(first, first + count)
+            slack = _room(source, inputs, first, count)
+            if source.dtype != output.dtype:  # rounded to the source's type before
+                slack = slack + torch.finfo(TORCH_DTYPE[source.dtype]).eps * reference[piece].double().abs()
+            wrong += _differ(written[piece], reference[piece], slack)
+        return wrong
+    factors = _factors(method, output)
+    for first, count in chunks(output.numel, STEP):
         read = [inputs.elements(source, first, count).double() for source in output.sources]
         slack = _slack(read, factors, has_base=output.base is not None)
         wrong += _differ(written[first : first + count], reference[first : first + count], slack)
     return wrong
+
+
+def _count_inputs(output: Output, inputs: Inputs, exact: Inputs) -> int:
+    """How many elements of adapted inputs the kernels and the reference do not agree on.
+
+    The method itself is checked on the kernels' inputs: a threshold or a vote turns on their last bit.
+    """
+    wrong = 0
+    for source in output.sources:
+        if isinstance(source, Adapted):
+            for first, count in chunks(output.numel, STEP):
+                room = _room(source, inputs, first, count)
+                wrong += _differ(
+                    inputs.elements(source, first, count), exact.elements(source, first, count), room
+                )
+    return wrong
+
+
+def _room(source: Source, inputs: Inputs, first: int, count: int) -> torch.Tensor:
+    if isinstance(source, Adapted):
+        return adapted_slack(inputs.adapted, source, first, count)
+    return torch.zeros(count, dtype=torch.float64)
 
 
 def _differ(written: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor) -> int:

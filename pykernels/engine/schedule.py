@@ -15,7 +15,7 @@ from pykernels import grouping
 from pykernels.engine.compute import check_memory
 from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.loads import ALIGN, Load, Part, place, widened
-from pykernels.engine.passes import BLOCK, chunks, common_dtype, input_width, model_statistic
+from pykernels.engine.passes import BLOCK, chunks, common_dtype, input_width, is_adapted, model_statistic
 from pykernels.engine.units import Output, Plan
 from pykernels.methods import METHODS
 
@@ -159,8 +159,10 @@ def deal(units: Sequence[Unit], devices: int) -> list[int]:
 
 
 def on_device(out: Output) -> bool:
-    """Whether a device has anything to do for an output: no copies, and float64 is the CPU's."""
-    return out.action == "merge" and out.numel > 0 and common_dtype(out.sources) != torch.float64
+    """Whether a device has anything to do for an output: no copies; float64 and adapters are the CPU's."""
+    if out.action != "merge" or out.numel == 0 or is_adapted(out):
+        return False
+    return common_dtype(out.sources) != torch.float64
 
 
 def _merged(plan: Plan) -> Iterator[tuple[int, Output]]:

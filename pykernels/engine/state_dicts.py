@@ -32,7 +32,7 @@ def merge_state_dicts(
     Args:
         base: tensors by name; None for a method without a base (linear).
         tuned: the models to merge, with the names and shapes of the base.
-        method: "linear", "task_arithmetic", "ties", "dare_linear" or "dare_ties".
+        method: "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties" or "passthrough".
         seed: of the random masks, which depend on it, the tensor's name and the element only.
         parameters: the method's own, by their names in a recipe (``lambda_`` for lambda): per model a number
             or a sequence (weight, density), else one value (normalize, lambda_, tie, elect, rescale).
@@ -56,6 +56,8 @@ def merge_state_dicts(
         )
         raise ValueError(f"merge_state_dicts: {method} {rule}")
     _check_models(base, tuned)
+    if row.max_models is not None and len(tuned) > row.max_models:
+        raise ValueError(f"merge_state_dicts: {method} takes {row.max_models} model, got {len(tuned)}")
     check.seed(OP, seed)
     p = _parameters(row, len(tuned), parameters)
     models = [base, *tuned] if base is not None else list(tuned)

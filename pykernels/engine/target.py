@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from pykernels import backends
-from pykernels.engine.compute import Budget, Compute
+from pykernels.engine.compute import Budget, Compute, check_wholes
 from pykernels.engine.device import Accelerator, open_devices
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.offload import Offload
+from pykernels.engine.passes import is_adapted
 from pykernels.engine.schedule import DeviceBudget
 from pykernels.engine.sizes import parse_size
 from pykernels.engine.station import Busy
@@ -58,7 +59,8 @@ class Target:
         return " ".join(sorted(str(name) for name in found))
 
     def budget(self, plan: Plan, memory: int) -> Budget | DeviceBudget:
-        """How the memory is shared out. Raises ValueError for less than the smallest chunks need."""
+        """How the memory is shared out. Raises ValueError for less than is needed."""
+        check_wholes(plan, memory)
         if not self._devices:
             return Budget.of(plan, memory)
         return DeviceBudget.of(plan, memory, self._allowed, len(self._devices))
@@ -73,12 +75,17 @@ class Target:
 
     def notes(self, plan: Plan) -> list[str]:
         """What a user should know before a merge starts there."""
-        if not self._devices or self.backend(plan) != "ref":
+        if not self._devices:
             return []
         names = ", ".join(device.name for device in self._devices)
+        adapted = sum(is_adapted(out) for out in plan.outputs)
+        told = [f"{adapted} tensors with adapters are merged on the CPU, not on {names}"] if adapted else []
+        if self.backend(plan) != "ref":
+            return told
         return [
+            *told,
             f"{names}: the references merge there, slowly, and averages may differ from those of the CPU's "
-            "kernels in the last bit"
+            "kernels in the last bit",
         ]
 
     def used(self, plan: Plan, engine: Engine | None) -> tuple[DeviceUse, ...]:

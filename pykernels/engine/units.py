@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
+from pykernels.adapters.change import ADD, Change
 from pykernels.engine.files import FileIdentity, header_bytes
 from pykernels.methods import METHODS, Params
 
@@ -32,13 +34,54 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Adapted(Source):
+    """A tensor of ``shape`` whose bytes adapters change when it is read; it keeps its dtype.
+
+    ``rounding``: of their sums, as in :func:`pykernels.merge_lora`.
+    """
+
+    shape: tuple[int, ...]
+    changes: tuple[Change, ...]
+    rounding: str
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix that changes see: the experts' one after another, a vector's elements."""
+        return prod(self.shape[: max(1, len(self.shape) - 1 if self.is_stack else 1)])
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return prod(self.shape) // max(1, self.rows)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it holds a matrix per expert."""
+        return any(c.experts and c.expert is None for c in self.changes) and len(self.shape) == 3
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows depend on each other: norms of columns, or PEFT's own products of whole matrices."""
+        adds = [c for c in self.changes if c.kind == ADD]
+        return any(len(c.tensors) > 2 and c.transposed for c in adds) or (
+            self.rounding == "peft" and bool(adds)
+        )
+
+    @property
+    def added(self) -> int:
+        """Bytes of all that is read beside its own."""
+        return sum(c.nbytes for c in self.changes)
+
+
+@dataclass(frozen=True)
 class Output:
     """One output tensor, fixed to the byte: ``start`` to ``end`` of file ``shards[shard]``.
 
     action "merge": ``base`` and ``tuned`` go through the method with ``params``; tuned has one source per
     ``params["weight"]`` entry. action "copy" (not a float tensor): every source holds the same bytes, or the
-    merge must not start. ``flat`` (scope "model" only) is the index of its first element in the model-wide
-    segment; a tensor with ``alias_of`` shares that output's place there and is not counted again.
+    merge must not start. action "adapt": the one source, as adapters change it, in dtype ``dtype``. ``flat``
+    (scope "model" only) is the index of its first element in the model-wide segment; a tensor with
+    ``alias_of`` shares that output's place there and is not counted again.
     """
 
     name: str
@@ -84,11 +127,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """An input model: name in the recipe, directory, and the identities of its tensors' files."""
+    """An input model: name in the recipe, directory, and the identities of its tensors' files.
+
+    ``adapters``: the directories of those merged into it. ``modules``: per adapter how many modules of which
+    kind it changes ("linear", "embedding, DoRA", "saved" for a full copy).
+    """
 
     name: str
     path: str
     identities: dict[str, FileIdentity]
+    adapters: tuple[str, ...] = ()
+    modules: tuple[dict[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,9 +145,10 @@ class Plan:
     """Everything about a merge before its first byte is read; ``outputs`` in file order: shard, then offset.
 
     ``recipe`` is the recipe with the seed in force; ``base`` and ``config_from`` are indices into ``models``
-    (base None: the method reads none). ``same``: pairs that must hold equal bytes before anything is written.
-    ``dropped``: input tensors without an output. ``total_read`` counts every source once, ``total_write``
-    the shards with their headers.
+    (base None: the method reads none). ``config``: keys of config.json that the output needs otherwise.
+    ``same``: pairs that must hold equal bytes before anything is written. ``twins``: a tied head's changes,
+    and those of its embedding that must be their transposes. ``dropped``: input tensors without an output.
+    ``total_read`` counts every source once, ``total_write`` the shards with their headers.
     """
 
     recipe: dict[str, Any]
@@ -116,6 +166,8 @@ class Plan:
     notes: tuple[str, ...]
     total_read: int
     total_write: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+    twins: tuple[tuple[Change, Change], ...] = ()
 
     @property
     def total_size(self) -> int:
@@ -143,8 +195,9 @@ class Plan:
         models = tuple(_model(m) for m in d["models"])
         outputs = tuple(_output(o) for o in d["outputs"])
         shards = tuple(Shard(s["name"], s["nbytes"], tuple(s["tensors"])) for s in d["shards"])
-        same = tuple((Source(**a), Source(**b)) for a, b in d["same"])
-        plain = {"dropped": tuple(d["dropped"]), "notes": tuple(d["notes"])}
+        same = tuple((_source(a), _source(b)) for a, b in d["same"])
+        twins = tuple((Change.of(a), Change.of(b)) for a, b in d.get("twins", ()))
+        plain = {"dropped": tuple(d["dropped"]), "notes": tuple(d["notes"]), "twins": twins}
         return Plan(**{**d, **plain, "models": models, "outputs": outputs, "shards": shards, "same": same})
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -154,20 +207,35 @@ class Plan:
 
 
 def _model(d: dict[str, Any]) -> ModelRef:
-    return ModelRef(d["name"], d["path"], {k: FileIdentity(**v) for k, v in d["identities"].items()})
+    identities = {k: FileIdentity(**v) for k, v in d["identities"].items()}
+    adapters, modules = tuple(d.get("adapters", ())), tuple(d.get("modules", ()))
+    return ModelRef(d["name"], d["path"], identities, adapters, modules)
+
+
+def _source(d: dict[str, Any]) -> Source:
+    if "changes" not in d:
+        return Source(**d)
+    return Adapted(**{**d, "shape": tuple(d["shape"]), "changes": tuple(map(Change.of, d["changes"]))})
 
 
 def _output(d: dict[str, Any]) -> Output:
-    base = Source(**d["base"]) if d["base"] else None
-    tuned = tuple(Source(**s) for s in d["tuned"])
+    base = _source(d["base"]) if d["base"] else None
+    tuned = tuple(_source(s) for s in d["tuned"])
     return Output(**{**d, "shape": tuple(d["shape"]), "base": base, "tuned": tuned})
 
 
 def _row(o: Output, shard: str, fixed: set[str]) -> tuple[str, ...]:
     shape = " x ".join(map(str, o.shape)) or "scalar"
     inputs = " ".join(dict.fromkeys(s.dtype for s in o.sources))
-    text = "copied" if o.action == "copy" else _parameters(o.params, fixed)
+    text = {"copy": "copied", "adapt": ""}.get(o.action) or _parameters(o.params, fixed)
+    text = ", ".join(filter(None, [text, *(_changes(s) for s in o.sources if isinstance(s, Adapted))]))
     return o.name, shape, inputs, o.dtype, shard, text
+
+
+def _changes(source: Adapted) -> str:
+    """ "+ r 16 + r 8" for two adapters, "+ copy" for a tensor that one replaces."""
+    words = [f"r {c.rank}" if c.kind == ADD else c.kind for c in source.changes]
+    return "".join(f"+ {word} " for word in words).rstrip()
 
 
 def _parameters(params: Params, fixed: set[str]) -> str:

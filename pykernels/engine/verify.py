@@ -186,7 +186,7 @@ def _read(path: Path, output: Output) -> Written:
     with open_regular(path) as handle:
         for part in _parts(handle, output.start, output.end):
             digest.update(part)
-            if dtype.is_floating_point and output.action == "merge":
+            if dtype.is_floating_point and output.action != "copy":
                 nonfinite += count_nonfinite(torch.frombuffer(part, dtype=dtype))
     return Written(digest.hexdigest(), nonfinite)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pykernels import backends
-from pykernels.ops.block_sums import add_blocks
+from pykernels.rows import add_blocks
 
 RESCALE = ("density", "l1", None)
 STEPS = 65536

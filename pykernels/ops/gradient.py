@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from pykernels import backends, library
-from pykernels.ops.block_sums import add_blocks
 from pykernels.ops.coefficients import Given, Scalar, divisor, sum_of, wide
+from pykernels.rows import add_blocks
 
 OP = "dot_products"
 

@@ -1,0 +1,243 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "isa.h"
+#include "process.h"
+
+namespace pk {
+namespace {
+
+using cpu::kGemmDepth;
+using cpu::kGemmDots;
+using cpu::kGemmRows;
+using cpu::kGemmStripe;
+using cpu::kGemmWidth;
+using cpu::Matrix;
+
+constexpr int64_t kShrinkRows = 96;  // rows of a skinny product that a thread takes at a time
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t up_to(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+
+/// Floats for every thread.
+class Rooms {
+ public:
+  Rooms(int64_t threads, int64_t floats)
+      : each_(up_to(floats, 1024)), memory_(size_t(std::max<int64_t>(threads, 1) * each_) * sizeof(float)) {}
+  float* of(int slot) const { return reinterpret_cast<float*>(memory_.data()) + slot * each_; }
+
+ private:
+  int64_t each_;
+  Scratch memory_;
+};
+
+constexpr cpu::Ahead kNothing{nullptr, 0, 0, 0};
+
+/// Rows or columns [k0, k1) x [n0, n1) of a right operand, whichever are contiguous.
+cpu::Ahead ahead(const Matrix& b, int64_t k0, int64_t k1, int64_t n0, int64_t n1) {
+  if (b.row != 1 && b.col != 1) return kNothing;
+  const int64_t size = dtype_size(b.dtype), stretch = b.row == 1 ? k1 - k0 : n1 - n0;
+  return {static_cast<const char*>(b.data) + (k0 * b.row + n0 * b.col) * size,
+          (b.row == 1 ? b.col : b.row) * size, b.row == 1 ? n1 - n0 : k1 - k0,
+          ceil_divide(stretch * size, 64)};
+}
+
+const cpu::Dropout* if_any(const cpu::Dropout& d) { return d.drops() ? &d : nullptr; }
+
+/// Few rows whose right operand has contiguous columns: every element is a dot product.
+bool as_dots(int64_t rows, const Matrix& b) { return rows <= kGemmDots && b.row == 1; }
+
+/// Whole rows as floats, padded with zeros to full stripes.
+void widen_whole(const Matrix& a, const int64_t* rows, int64_t i0, int64_t i1, int64_t k,
+                 const cpu::Dropout* dropout, int64_t stride, float* to) {
+  for (int64_t i = 0; i < i1 - i0; i++)
+    for (int64_t at = std::max<int64_t>(0, stride - kGemmStripe); at < stride; at++) to[i * stride + at] = 0;
+  kernels().gemm_widen(a, rows, i0, i1, 0, k, dropout, stride, to);
+}
+
+/// Up to kGemmRows rows of a product, by columns over threads.
+class RowsOfProduct {
+ public:
+  RowsOfProduct(const Product& job, int64_t i0, int64_t i1, int threads)
+      : job_(job),
+        i0_(i0),
+        i1_(i1),
+        count_(i1 - i0),
+        threads_(threads),
+        dots_(as_dots(job.m, job.b)),
+        blocks_(ceil_divide(job.k, kGemmDepth)),
+        stride_(dots_ ? up_to(job.k, kGemmStripe) : kGemmDepth),
+        wide_(size_t(count_ * std::max<int64_t>(1, dots_ ? stride_ : blocks_ * kGemmDepth)) * sizeof(float)) {
+  }
+
+  void run() {
+    widen();
+    const int64_t tile = count_ * kGemmWidth, chunks = ceil_divide(job_.n, kGemmWidth);
+    const bool extends = !job_.extensions.empty();
+    const Rooms rooms(std::min<int64_t>(threads_, chunks), (job_.dropout.drops() ? 2 : 1) * tile +
+                                                               kGemmDepth * kGemmWidth +
+                                                               (extends ? count_ * kGemmDepth : 0));
+    parallel_chunks(chunks, threads_, [&](int64_t c, int slot) {
+      float* sums = rooms.of(slot);
+      float* panels = sums + tile;
+      columns(c * kGemmWidth, std::min(job_.n, (c + 1) * kGemmWidth), sums, panels,
+              panels + kGemmDepth * kGemmWidth);
+    });
+  }
+
+ private:
+  float* wide() const { return reinterpret_cast<float*>(wide_.data()); }
+  int64_t depth(int64_t block) const { return std::min(kGemmDepth, job_.k - block * kGemmDepth); }
+
+  void widen() {
+    if (dots_) return widen_whole(job_.a, job_.rows, i0_, i1_, job_.k, nullptr, stride_, wide());
+    constexpr int64_t kBatch = 32;
+    const int64_t batches = ceil_divide(count_, kBatch);
+    parallel_chunks(blocks_ * batches, threads_, [&](int64_t c, int) {
+      const int64_t block = c / batches, first = c % batches * kBatch, k = block * kGemmDepth;
+      kernels().gemm_widen(job_.a, job_.rows, i0_ + first, i0_ + std::min(count_, first + kBatch), k,
+                           k + depth(block), nullptr, kGemmDepth,
+                           wide() + (block * count_ + first) * kGemmDepth);
+    });
+  }
+
+  /// What is packed after this block: the next one, or the first of the next columns.
+  cpu::Ahead next(int64_t block, int64_t n0, int64_t n1) const {
+    const int64_t k = (block + 1) * kGemmDepth;
+    if (k < job_.k) return ahead(job_.b, k, k + depth(block + 1), n0, n1);
+    const int64_t last = std::min(job_.n, n1 + kGemmWidth);
+    return n1 < last ? ahead(job_.b, 0, depth(0), n1, last) : kNothing;
+  }
+
+  /// Asks for a share of what the extensions will read: many adapters together are much.
+  void ask(int64_t step, int64_t steps, int64_t n0, int64_t n1) const {
+    const int64_t count = int64_t(job_.extensions.size());
+    for (int64_t i = step * count / steps; i < (step + 1) * count / steps; i++) {
+      const Extension& e = job_.extensions[size_t(i)];
+      const cpu::Ahead a = ahead(e.high, 0, e.rank, n0, n1);
+      if (e.begin >= i1_ || e.end <= i0_) continue;
+      for (int64_t row = 0; row < a.rows; row++)
+        for (int64_t line = 0; line < a.lines; line++)
+          __builtin_prefetch(a.data + row * a.step + line * 64, 0, 2);
+    }
+  }
+
+  void columns(int64_t n0, int64_t n1, float* sums, float* panels, float* room) {
+    if (!blocks_) memset(sums, 0, size_t(count_ * kGemmWidth) * sizeof(float));
+    const int64_t steps = dots_ ? 1 : blocks_;
+    if (dots_ && blocks_) {
+      ask(0, steps, n0, n1);
+      kernels().gemm_dots(job_.b, n0, n1, wide(), count_, stride_, job_.k, sums);
+    }
+    for (int64_t block = 0; block < blocks_ && !dots_; block++) {
+      const int64_t k = block * kGemmDepth;
+      ask(block, steps, n0, n1);
+      kernels().gemm_pack(job_.b, nullptr, k, k + depth(block), n0, n1, 1, nullptr, panels);
+      kernels().gemm_multiply(wide() + block * count_ * kGemmDepth, count_, panels, n1 - n0, depth(block),
+                              sums, block > 0, next(block, n0, n1));
+    }
+    for (const Extension& e : job_.extensions) {
+      const int64_t begin = std::max(e.begin, i0_), end = std::min(e.end, i1_);
+      if (begin < end) extend(e, begin, end, n0, n1, sums + (begin - i0_) * kGemmWidth, panels, room);
+    }
+    kernels().gemm_finish(sums, job_.out, job_.rows, i0_, i1_, n0, n1);
+  }
+
+  void extend(const Extension& e, int64_t begin, int64_t end, int64_t n0, int64_t n1, float* sums,
+              float* panels, float* room) {
+    const bool drops = job_.dropout.drops();
+    const Matrix low{e.low, kF32, e.low_stride, 1};
+    float* to = drops ? room + count_ * kGemmDepth : sums;
+    for (int64_t k = 0; k < e.rank; k += kGemmDepth) {
+      const int64_t last = std::min(e.rank, k + kGemmDepth);
+      kernels().gemm_widen(low, job_.rows, begin, end, k, last, nullptr, kGemmDepth, room);
+      kernels().gemm_pack(e.high, nullptr, k, last, n0, n1, e.scale, nullptr, panels);
+      kernels().gemm_multiply(room, end - begin, panels, n1 - n0, last - k, to, !drops || k > 0, kNothing);
+    }
+    if (drops) kernels().gemm_add_kept(sums, to, job_.rows, begin, end, n0, n1, job_.dropout);
+  }
+
+  const Product& job_;
+  const int64_t i0_, i1_, count_;
+  const int threads_;
+  const bool dots_;
+  const int64_t blocks_, stride_;
+  const Scratch wide_;
+};
+
+/// One block of rows of a skinny product.
+struct ShrinkBlock {
+  const Shrink* part;
+  int64_t begin, end;
+  bool dots;
+};
+
+}  // namespace
+
+void product(const Product& job, int threads) {
+  for (int64_t i = 0; i < job.m; i += kGemmRows)
+    RowsOfProduct(job, i, std::min(job.m, i + kGemmRows), threads).run();
+}
+
+void shrink(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
+            const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads) {
+  std::vector<ShrinkBlock> blocks;
+  for (const Shrink& p : parts)
+    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
+      blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), as_dots(p.end - p.begin, p.factor)});
+  const cpu::GemmOut out{low, kF32, low_stride, 1, nullptr};
+  const int64_t stride = up_to(std::max<int64_t>(k, 1), kGemmStripe), tile = kShrinkRows * kGemmWidth;
+  const Rooms rooms(std::min<int64_t>(threads, int64_t(blocks.size())),
+                    tile + kGemmDepth * kGemmWidth + std::max(kShrinkRows * kGemmDepth, kGemmDots * stride));
+  parallel_chunks(int64_t(blocks.size()), threads, [&](int64_t c, int slot) {
+    const ShrinkBlock& b = blocks[size_t(c)];
+    float *sums = rooms.of(slot), *panels = sums + tile, *wide = panels + kGemmDepth * kGemmWidth;
+    for (int64_t n0 = 0; n0 < b.part->rank; n0 += kGemmWidth) {
+      const int64_t n1 = std::min(b.part->rank, n0 + kGemmWidth), count = b.end - b.begin;
+      if (!k) memset(sums, 0, size_t(tile) * sizeof(float));
+      if (b.dots && k) {
+        widen_whole(a, rows, b.begin, b.end, k, if_any(dropout), stride, wide);
+        kernels().gemm_dots(b.part->factor, n0, n1, wide, count, stride, k, sums);
+      }
+      for (int64_t k0 = 0; k0 < k && !b.dots; k0 += kGemmDepth) {
+        const int64_t k1 = std::min(k, k0 + kGemmDepth);
+        kernels().gemm_widen(a, rows, b.begin, b.end, k0, k1, if_any(dropout), kGemmDepth, wide);
+        kernels().gemm_pack(b.part->factor, nullptr, k0, k1, n0, n1, 1, nullptr, panels);
+        kernels().gemm_multiply(wide, count, panels, n1 - n0, k1 - k0, sums, k0 > 0, kNothing);
+      }
+      kernels().gemm_finish(sums, out, rows, b.begin, b.end, n0, n1);
+    }
+  });
+}
+
+void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matrix& a, int64_t n,
+            const int64_t* rows, const cpu::Dropout& dropout, int threads) {
+  const int64_t m = job.end - job.begin, blocks = ceil_divide(m, kGemmDepth), each = job.rank * kGemmDepth;
+  const Scratch turned(size_t(std::max<int64_t>(1, blocks) * each) * sizeof(float));
+  float* left = reinterpret_cast<float*>(turned.data());
+  const auto row_of = [&](int64_t i) { return rows ? rows[i] : i; };
+  parallel_chunks(blocks, threads, [&](int64_t block, int) {
+    for (int64_t k = 0; k < std::min(kGemmDepth, m - block * kGemmDepth); k++) {
+      const float* from = low + row_of(job.begin + block * kGemmDepth + k) * low_stride;
+      for (int64_t r = 0; r < job.rank; r++) left[block * each + r * kGemmDepth + k] = job.scale * from[r];
+    }
+  });
+  const int64_t chunks = ceil_divide(n, kGemmWidth), tile = job.rank * kGemmWidth;
+  const Rooms rooms(std::min<int64_t>(threads, chunks), tile + kGemmDepth * kGemmWidth);
+  parallel_chunks(chunks, threads, [&](int64_t c, int slot) {
+    const int64_t n0 = c * kGemmWidth, n1 = std::min(n, n0 + kGemmWidth);
+    float *sums = rooms.of(slot), *panels = sums + tile;
+    if (!blocks) memset(sums, 0, size_t(tile) * sizeof(float));
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t k0 = job.begin + block * kGemmDepth, k1 = std::min(job.end, k0 + kGemmDepth);
+      kernels().gemm_pack(a, rows, k0, k1, n0, n1, 1, if_any(dropout), panels);
+      kernels().gemm_multiply(left + block * each, job.rank, panels, n1 - n0, k1 - k0, sums, block > 0,
+                              kNothing);
+    }
+    kernels().gemm_finish(sums, job.out, nullptr, 0, job.rank, n0, n1);
+  });
+}
+
+}  // namespace pk

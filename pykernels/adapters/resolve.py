@@ -1,0 +1,289 @@
+"""One adapter against one base: what happens to which tensor, with every rule of PEFT's format checked.
+
+The tensors drive it: the config gives ranks, scalings and flags, and a tensor that changes nothing is an
+error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import NoReturn
+
+from pykernels.adapters import experts
+from pykernels.adapters.change import ADD, REPLACE, ROWS, VECTOR, Change
+from pykernels.adapters.checkpoint import Adapter
+from pykernels.adapters.keys import BIAS, MAGNITUDE, TOKENS, A, B, Parts
+from pykernels.engine.files import MERGEABLE
+from pykernels.engine.shard import TensorInfo
+from pykernels.engine.strict_json import FileError, shown
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter must know of its base. ``tied``: names of heads that are another stored tensor."""
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    model_type: str
+    tied: Mapping[str, str]
+
+
+@dataclass
+class Resolved:
+    """``changes`` by the base's tensor, in their order. ``copies``: names of those with a trained full copy.
+
+    ``untied``: a trained copy of a head that the base does not store. ``same``: pairs that must be equal.
+    """
+
+    changes: dict[str, list[Change]] = field(default_factory=dict)
+    copies: set[str] = field(default_factory=set)
+    untied: dict[str, TensorInfo] = field(default_factory=dict)
+    same: list[tuple[TensorInfo, TensorInfo]] = field(default_factory=list)
+    modules: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, *changes: Change) -> None:
+        """Append to the steps of a tensor."""
+        self.changes.setdefault(name, []).extend(changes)
+
+    def count(self, kind: str) -> None:
+        """One more module of a kind."""
+        self.modules[kind] = self.modules.get(kind, 0) + 1
+
+
+def resolve(adapter: Adapter, number: int, weight: float, base: Base) -> Resolved:
+    """Find the tensors that ``adapter`` changes. ``weight`` multiplies its scaling.
+
+    Raises FileError naming the file, the tensor, the rule and the value.
+    """
+    return _Resolver(adapter, number, weight, base).run()
+
+
+class _Resolver:
+    def __init__(self, adapter: Adapter, number: int, weight: float, base: Base) -> None:
+        self._adapter = adapter
+        self._config = adapter.config
+        self._number = number
+        self._weight = weight
+        self._base = base
+        self._found = Resolved()
+        self._tails: dict[str, list[str]] = {}
+
+    def run(self) -> Resolved:
+        """Copies first: a base layer's copy is what the rest is added to."""
+        low_rank = {parts.module for parts in self._adapter.keys.modules if A in parts.tensors}
+        for name, info in self._adapter.keys.copies.items():
+            self._copy(name, info, low_rank)
+        nested: dict[str, list[Parts]] = {}
+        for parts in self._adapter.keys.modules:
+            if TOKENS in parts.tensors:
+                self._tokens(parts)
+            if parts.tensors.keys() == {TOKENS}:
+                continue
+            self._check_pair(parts)
+            if parts.embedding or self._named(f"{parts.module}.weight") is not None:
+                self._low_rank(parts)
+            else:
+                nested.setdefault(parts.module, []).append(parts)
+        for levels in nested.values():
+            self._parameters(levels)
+        return self._found
+
+    def _refuse(self, info: TensorInfo, what: str) -> NoReturn:
+        raise FileError(f"{shown(info.file, 300)}: tensor {shown(info.name)}: {what}")
+
+    def _named(self, name: str) -> TensorInfo | None:
+        """The base's tensor of a name, its tied twin, or the only one that differs in leading parts alone."""
+        tensors = self._base.tensors
+        if name in tensors:
+            return tensors[name]
+        if name in self._base.tied:
+            return tensors[self._base.tied[name]]
+        if not self._tails:
+            for known in tensors:
+                self._tails.setdefault(_tail(known), []).append(known)
+        near = [
+            known
+            for known in self._tails.get(_tail(name), [])
+            if known.endswith(f".{name}") or name.endswith(f".{known}")
+        ]
+        if len(near) != 1:
+            return None
+        note = f"{shown(self._adapter.name)}: names begin otherwise: {shown(name)} is {shown(near[0])}"
+        if not any(
+            text.startswith(f"{shown(self._adapter.name)}: names begin") for text in self._found.notes
+        ):
+            self._found.notes.append(note)
+        return tensors[near[0]]
+
+    def _wanted(self, name: str, info: TensorInfo) -> TensorInfo:
+        found = self._named(name)
+        if found is None:
+            self._refuse(info, f"changes {shown(name)}, which {shown(self._base.name)} does not hold")
+        if found.dtype not in MERGEABLE:
+            why = (
+                f"the base's {shown(found.name)} is {found.dtype}, and only {', '.join(MERGEABLE)} are merged"
+            )
+            self._refuse(info, f"{why}: dequantise the base first")
+        return found
+
+    def _copy(self, name: str, info: TensorInfo, low_rank: set[str]) -> None:
+        """A full tensor: of a base layer, then it is no more than the base; else a trained one."""
+        module = name.rpartition(".")[0]
+        of_base = ".base_layer." in info.name and module in low_rank and name.endswith(".weight")
+        if not of_base and self._weight != 1.0:
+            self._refuse(
+                info, f"a full copy replaces the base's tensor, and a weight of {self._weight} cannot"
+            )
+        if not of_base and name not in self._base.tensors and name in self._base.tied:
+            twin = self._base.tensors[self._base.tied[name]]
+            self._check_shape(info, twin.shape, name)
+            self._found.untied[name] = info
+            self._found.count("saved")
+            return
+        found = self._wanted(name, info)
+        self._check_shape(info, found.shape, found.name)
+        for old in self._found.changes.get(found.name, []):
+            self._found.same.append((old.tensors[0], info))
+            return
+        if not of_base:
+            self._found.copies.add(found.name)
+            self._found.count("saved")
+        if info.dtype != found.dtype:
+            self._found.notes.append(
+                f"{shown(self._adapter.name)}: {shown(info.name)} ({info.dtype}) is rounded to the base's "
+                f"{found.dtype}"
+            )
+        self._found.add(found.name, Change(REPLACE, self._number, (info,)))
+
+    def _check_shape(self, info: TensorInfo, shape: tuple[int, ...], name: str) -> None:
+        if info.shape != shape:
+            self._refuse(
+                info,
+                f"must have the shape {list(shape)} of the base's {shown(name)}, got {list(info.shape)}; "
+                "after a change of the vocabulary the base must be resized first",
+            )
+
+    def _tokens(self, parts: Parts) -> None:
+        info = parts.tensors[TOKENS]
+        found = self._wanted(f"{parts.module}.weight", info)
+        rows = self._indices(parts.module)
+        if rows is None:
+            self._refuse(info, "trainable_token_indices of the config does not name its module")
+        if self._weight != 1.0:
+            self._refuse(info, f"rows are overwritten, and a weight of {self._weight} cannot be used")
+        if info.shape != (len(rows), *found.shape[1:]):
+            want = [len(rows), *found.shape[1:]]
+            self._refuse(info, f"must have shape {want}, a row per trainable token, got {list(info.shape)}")
+        if rows and max(rows) >= found.shape[0]:
+            self._refuse(info, f"overwrites row {max(rows)} of {found.shape[0]}")
+        self._found.count("tokens")
+        self._found.add(found.name, Change(ROWS, self._number, (info,), index=rows))
+
+    def _indices(self, module: str) -> tuple[int, ...] | None:
+        named = self._config.token_indices
+        for name, rows in named.items():
+            if name and f".{module}".endswith(f".{name}"):
+                return rows
+        return named.get("")
+
+    def _check_pair(self, parts: Parts) -> None:
+        some = next(iter(parts.tensors.values()))
+        for part in (A, B):
+            if part not in parts.tensors:
+                self._refuse(some, f"has no lora_{part} beside it")
+        a, b = parts.tensors[A], parts.tensors[B]
+        if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
+            self._refuse(
+                a, f"A and B must be matrices that hold something, got {list(a.shape)}, {list(b.shape)}"
+            )
+        if (MAGNITUDE in parts.tensors) != self._config.use_dora:
+            said = str(self._config.use_dora).lower()
+            self._refuse(
+                parts.tensors.get(MAGNITUDE, a), f"use_dora is {said}, and the magnitude's tensor says not"
+            )
+        if (BIAS in parts.tensors) != self._config.lora_bias and not parts.embedding:
+            said = str(self._config.lora_bias).lower()
+            self._refuse(parts.tensors.get(BIAS, b), f"lora_bias is {said}, and the bias of B says not")
+
+    def _rank(self, parts: Parts, rank: int) -> float:
+        """The scaling of a module of this rank, which must be the config's."""
+        said = self._config.rank(parts.module)
+        if rank != said:
+            self._refuse(parts.tensors[A], f"has rank {rank}, r and rank_pattern of the config give {said}")
+        return self._config.scaling(parts.module, rank) * self._weight
+
+    def _low_rank(self, parts: Parts) -> None:
+        a, b = parts.tensors[A], parts.tensors[B]
+        found = self._wanted(f"{parts.module}.weight", a)
+        scaling = self._rank(parts, a.shape[0])
+        groups = a.shape[0] / b.shape[1] if not parts.embedding and len(b.shape) > 2 else 1
+        if groups != 1:
+            self._refuse(b, f"belongs to a convolution of {groups:g} groups, which PEFT cannot merge either")
+        conv = len(found.shape) > 2
+        columns, rows = prod(a.shape[1:]), b.shape[0]
+        flat = (found.shape[0], prod(found.shape[1:]))
+        # PEFT goes by the kind of a layer and corrects the flag, which then holds for the last one only.
+        turned = flat == (columns, rows) and (columns != rows or self._config.fan_in_fan_out)
+        transposed = parts.embedding or (turned and not conv)
+        stored = (columns, rows) if transposed else (rows, columns)
+        if len(found.shape) < 2 or flat != stored or prod(b.shape[1:]) != a.shape[0]:
+            self._refuse(
+                a,
+                f"A {list(a.shape)} and B {list(b.shape)} make a change of {list(stored)}, the base's "
+                f"{shown(found.name)} is {list(found.shape)}",
+            )
+        tensors = [a, b]
+        if MAGNITUDE in parts.tensors:
+            tensors.append(self._magnitude(parts.tensors[MAGNITUDE], rows))
+        kind = "embedding" if parts.embedding else "conv" if conv else "linear"
+        self._found.count(f"{kind}, DoRA" if MAGNITUDE in parts.tensors else kind)
+        rounded = parts.embedding and MAGNITUDE not in parts.tensors
+        self._found.add(
+            found.name,
+            Change(ADD, self._number, tuple(tensors), scaling, transposed=transposed, rounded=rounded),
+        )
+        if BIAS in parts.tensors:
+            self._bias(parts, scaling)
+
+    def _magnitude(self, info: TensorInfo, rows: int) -> TensorInfo:
+        if prod(info.shape) != rows:
+            self._refuse(info, f"must hold a magnitude per output, {rows}, got {list(info.shape)}")
+        return info
+
+    def _bias(self, parts: Parts, scaling: float) -> None:
+        info = parts.tensors[BIAS]
+        found = self._named(f"{parts.module}.bias")
+        if found is None:
+            self._refuse(info, f"is added to {shown(parts.module + '.bias')}, which the base does not hold")
+        self._check_shape(info, found.shape, found.name)
+        self._found.add(found.name, Change(VECTOR, self._number, (info,), scaling))
+
+    def _parameters(self, levels: list[Parts]) -> None:
+        first = levels[0].tensors[A]
+        if not experts.parameters_of(levels[0].module, self._config.target_parameters):
+            self._wanted(f"{levels[0].module}.weight", first)
+        for parts in levels:
+            for part in (MAGNITUDE, BIAS):
+                if part in parts.tensors:
+                    self._refuse(parts.tensors[part], "target_parameters know neither DoRA nor a bias of B")
+            a, b = parts.tensors[A], parts.tensors[B]
+            if len(a.shape) != 2 or b.shape[1:] != a.shape[:1]:
+                self._refuse(
+                    a, f"A {list(a.shape)} and B {list(b.shape)} must hold the same ranks of all experts"
+                )
+        placed = experts.fit(levels, self._config, self._base.tensors, self._base.model_type)
+        if isinstance(placed, str):
+            self._refuse(first, placed)
+        for parts, changes in zip(levels, placed, strict=True):
+            self._found.count("parameter")
+            for name, change in changes:
+                self._wanted(name, parts.tensors[A])
+                scaling = change.scaling * self._weight
+                self._found.add(name, replace(change, adapter=self._number, scaling=scaling))
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.rsplit(".", 3)[-3:])

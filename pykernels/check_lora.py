@@ -1,0 +1,94 @@
+"""The words of the errors about low-rank adapters, and their checks; the rest is in check.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pykernels import check
+
+
+def adapters(op: str, weight: torch.Tensor, given: Sequence[Any], fan_in_fan_out: bool) -> list[float]:
+    """One or more LoRA that fit ``weight``, [out, in] (or [in, out]); returns their scalings."""
+    check.one_tensor(op, "weight", weight)
+    check.choice(op, "fan_in_fan_out", fan_in_fan_out, (True, False))
+    if weight.dim() != 2:
+        rule = "[in, out]" if fan_in_fan_out else "[out, in]"
+        raise ValueError(f"{op}: weight must have shape {rule}, got {list(weight.shape)}")
+    rows, columns = reversed(weight.shape) if fan_in_fan_out else weight.shape
+    sequence(op, given)
+    return [one(op, f"adapters[{i}]", adapter, weight, rows, columns) for i, adapter in enumerate(given)]
+
+
+def sequence(op: str, given: Sequence[Any]) -> None:
+    """``adapters`` must be a sequence of one or more LoRA."""
+    if isinstance(given, tuple) and hasattr(given, "scaling"):
+        raise TypeError(f"{op}: adapters must be a sequence of LoRA, got one LoRA")
+    if isinstance(given, torch.Tensor) or not isinstance(given, Sequence):
+        raise TypeError(f"{op}: adapters must be a sequence of LoRA, got {type(given).__name__}")
+    if not given:
+        raise ValueError(f"{op}: adapters must hold at least one LoRA, got none")
+    for i, adapter in enumerate(given):
+        if not hasattr(adapter, "scaling"):
+            raise TypeError(f"{op}: adapters[{i}] must be a LoRA, got {type(adapter).__name__}")
+
+
+def one(
+    op: str, name: str, adapter: Any, like: torch.Tensor, rows: int, columns: int, first: str = "weight"
+) -> float:
+    """An adapter of a weight [rows, columns] on ``like``'s device, in a dtype that its own holds."""
+    factors = {f"{name}.A": adapter.A, f"{name}.B": adapter.B}
+    if adapter.magnitude is not None:
+        factors[f"{name}.magnitude"] = adapter.magnitude
+    wide = "float32, bfloat16, float16" + (" or float64" if like.dtype == torch.float64 else "")
+    for which, tensor in factors.items():
+        check.beside(op, which, tensor, like, None, first)
+        if tensor.dtype not in check.FLOAT_DTYPES or (tensor.dtype == torch.float64 != like.dtype):
+            raise TypeError(f"{op}: {which} must be {wide} beside {like.dtype}, got {tensor.dtype}")
+    if adapter.B.dtype != adapter.A.dtype:
+        raise TypeError(f"{op}: {name}.B must have A's dtype {adapter.A.dtype}, got {adapter.B.dtype}")
+    if adapter.A.dim() != 2 or adapter.A.shape[0] < 1 or adapter.A.shape[1] != columns:
+        raise ValueError(f"{op}: {name}.A must have shape [r, {columns}], got {list(adapter.A.shape)}")
+    rank = adapter.A.shape[0]
+    if adapter.B.dim() != 2 or adapter.B.shape[0] != rows or adapter.B.shape[1] != rank:
+        raise ValueError(f"{op}: {name}.B must have shape [{rows}, {rank}], got {list(adapter.B.shape)}")
+    if adapter.magnitude is not None and (adapter.magnitude.dim() != 1 or len(adapter.magnitude) != rows):
+        raise ValueError(
+            f"{op}: {name}.magnitude must have shape [{rows}], got {list(adapter.magnitude.shape)}"
+        )
+    return check.number(op, f"{name}.scaling", adapter.scaling)
+
+
+def apart(op: str, out: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
+    """``out`` must share no memory with a tensor that is read while it is written."""
+    if tensor is None or 0 in (out.numel(), tensor.numel()):
+        return
+    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start, at = out.data_ptr(), tensor.data_ptr()
+    if start < at + span * tensor.element_size() and at < start + out.numel() * out.element_size():
+        raise ValueError(f"{op}: out must share no memory with {name}")
+
+
+def alike(op: str, given: Sequence[Any]) -> list[float]:
+    """One or more LoRA of one shape, dtype and device, without a magnitude; returns their scalings."""
+    sequence(op, given)
+    first = given[0]
+    for name, tensor, shape in (("A", first.A, "[r, in]"), ("B", first.B, "[out, r]")):
+        check.beside(op, f"adapters[0].{name}", tensor, tensor, None)
+        if tensor.dim() != 2:
+            raise ValueError(f"{op}: adapters[0].{name} must have shape {shape}, got {list(tensor.shape)}")
+    for i, adapter in enumerate(given):
+        if adapter.magnitude is not None:
+            raise ValueError(
+                f"{op}: adapters[{i}].magnitude must be None: what a magnitude changes depends on the weight"
+            )
+    rows, columns, like = len(first.B), first.A.shape[1], first.A
+    scaling = [one(op, f"adapters[{i}]", a, like, rows, columns, "adapters[0]") for i, a in enumerate(given)]
+    for i, adapter in enumerate(given):
+        if adapter.A.dtype != like.dtype:
+            raise TypeError(
+                f"{op}: adapters[{i}].A must have adapters[0]'s dtype {like.dtype}, got {adapter.A.dtype}"
+            )
+    return scaling

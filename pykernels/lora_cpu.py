@@ -1,0 +1,90 @@
+"""LoRA's linear layers on the CPU: three products of ours (``csrc/drive/gemm.cpp``), or torch's in float32.
+
+float32 products are torch's, whose library is the one to beat there; the adapter is added in place. 16-bit
+ones are ours: operands become float32 in the caches, sums are float32, and each result is rounded once. So
+are float32 ones with dropout, whose mask is drawn where x is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from pykernels import lora_torch, products
+from pykernels.lora_torch import ALL, Adapter
+
+Segments = list[tuple[int, int]]
+
+
+def lora_linear(
+    out: torch.Tensor,
+    h: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[Adapter],
+    index: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    threshold: int = ALL,
+    key: int = 0,
+) -> None:
+    """out [M, N] = x [M, K] W^T + s h B^T + bias, and h [M, ranks] = (x without what is dropped) A^T."""
+    if _torch_is_faster(x, threshold):
+        return lora_torch.lora_linear(out, h, x, weight, adapters, index, bias, threshold, key)
+    rows, segments = _sorted(index, len(adapters), x.shape[0])
+    drop = (threshold, key, x.shape[1])
+    products.shrink(h, x, rows, segments, [a.t() for a, _, _ in adapters], drop)
+    up = [(h, b.t(), s) for _, b, s in adapters]
+    products.product(out, x, weight.t(), rows, segments, up, bias)
+
+
+def lora_linear_backward(
+    by_x: torch.Tensor | None,
+    by_weight: torch.Tensor | None,
+    by_a: Sequence[torch.Tensor | None],
+    by_b: Sequence[torch.Tensor | None],
+    grad: torch.Tensor,
+    h: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[Adapter],
+    index: torch.Tensor | None,
+    threshold: int = ALL,
+    key: int = 0,
+) -> None:
+    """Fills the gradients that are asked for."""
+    if _torch_is_faster(x, threshold):
+        return lora_torch.lora_linear_backward(
+            by_x, by_weight, by_a, by_b, grad, h, x, weight, adapters, index, threshold, key
+        )
+    rows, segments = _sorted(index, len(adapters), x.shape[0])
+    drop = (threshold, key, x.shape[1])
+    if by_weight is not None:
+        products.product(by_weight, grad.t(), x, None, [], [], None)
+    for segment, to, (_, _, s) in zip(segments, by_b, adapters, strict=True):
+        if to is not None:
+            products.reduce(to.t(), h, grad, rows, segment, s)
+    if by_x is None and not any(to is not None for to in by_a):
+        return
+    by_h = torch.empty_like(h)
+    products.shrink(by_h, grad, rows, segments, [b for _, b, _ in adapters])
+    for segment, to, (_, _, s) in zip(segments, by_a, adapters, strict=True):
+        if to is not None:
+            products.reduce(to, by_h, x, rows, segment, s, drop)
+    if by_x is not None:
+        down = [(by_h, a, s) for a, _, s in adapters]
+        products.product(by_x, grad, weight, rows, segments, down, None, drop)
+
+
+def _torch_is_faster(x: torch.Tensor, threshold: int) -> bool:
+    return x.dtype == torch.float32 and threshold == ALL
+
+
+def _sorted(index: torch.Tensor | None, adapters: int, m: int) -> tuple[torch.Tensor | None, Segments]:
+    """The rows in the order of their adapters (None: as they are), and each adapter's stretch of them."""
+    if index is None:
+        return None, [(0, m)]
+    counts = torch.bincount(index + 1, minlength=adapters + 1)
+    ends = counts.cumsum(0).tolist()
+    return torch.argsort(index, stable=True), list(pairwise(ends))

@@ -1,0 +1,51 @@
+"""The norms of the rows of an adapted weight, without making it: what DoRA divides by."""
+
+from __future__ import annotations
+
+import torch
+
+from pykernels import check
+from pykernels.ops import lora_check
+
+OP = "dora_norm"
+_PIECE = 1 << 22
+
+
+def dora_norm(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The norms of the rows of W + s B A (Liu et al., 2024, section 4): what DoRA's m is divided by.
+
+    From ||W_i||^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T, summed in float32 by torch's products over
+    pieces of rows that stay in the cache, so W is read once. As frozen weights do not change, an inference
+    server keeps the result. A layer with magnitude m is then, norm and m being [out],
+
+        ``y = m / norm * lora_linear(x, weight, lora_A, lora_B, scaling=s) + bias``
+
+    and training as PEFT has it treats the norm as a constant.
+
+    Args:
+        weight: tensor [out, in]: float32, bfloat16, float16 or float64.
+        lora_A: tensor [r, in] of weight's dtype or float32.
+        lora_B: tensor [out, r] of lora_A's dtype.
+        scaling: the adapter's s.
+
+    Returns:
+        A new tensor [out], float32 (float64 for a float64 weight), without a gradient.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError (sparse weight): an argument breaks a rule above.
+    """
+    check.matrix(OP, "weight", weight, weight, ["out", "in"])
+    lora_check.factors(OP, ("lora_A", "lora_B"), weight, weight, lora_A, lora_B)
+    s = check.number(OP, "scaling", scaling)
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        a, b = lora_A.to(kind), lora_B.to(kind)
+        square = torch.empty(weight.shape[0], dtype=kind, device=weight.device)
+        gram, step = a @ a.t(), max(1, _PIECE // max(1, weight.shape[1]))
+        for start in range(0, weight.shape[0], step):
+            part, high = weight[start : start + step].to(kind), b[start : start + step]
+            cross = part @ a.t() * (2 * s) + high @ gram * (s * s)
+            square[start : start + step] = part.square().sum(1) + (cross * high).sum(1)
+        return square.clamp_(min=0).sqrt_()

@@ -1,0 +1,75 @@
+"""A frozen linear layer with one low-rank adapter, forward and backward in the fewest passes."""
+
+from __future__ import annotations
+
+import torch
+from torch.compiler import is_compiling
+
+from pykernels import check, library
+from pykernels.ops import lora_check, lora_pass
+from pykernels.ops.draws import rescale_factor
+
+OP = "lora_linear"
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    *,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """x W^T + bias + scaling * dropout(x) A^T B^T (Hu et al., 2021, section 4.1), as PEFT's layers have it.
+
+    On a CPU 16-bit inputs are computed in float32 throughout and rounded once. Which elements dropout keeps
+    is drawn by Philox from the seed and the element's place in x, alike on every backend, and drawn again for
+    the gradient: neither a mask nor a copy of x is kept.
+
+    Args:
+        x: tensor [*, in] of any strides: float32, bfloat16, float16, or float64 (through the reference).
+        weight: tensor [out, in] of any strides, of x's dtype and device.
+        lora_A: tensor [r, in], of x's dtype or float32.
+        lora_B: tensor [out, r] of lora_A's dtype.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        bias: tensor [out] of x's dtype, or None.
+        dropout: probability, taken to the nearest 1 / 65536, of an element of x to be dropped on the
+            adapter's branch; what is left is divided by 1 - dropout.
+        seed: 64-bit seed of what is dropped; None draws one from torch's default generator, so
+            ``torch.manual_seed`` decides.
+
+    Returns:
+        A new tensor [*, out] of x's dtype, differentiable (once) in all five tensors.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError (sparse x): an argument breaks a rule above; the text names
+        it and its value.
+    """
+    traced = is_compiling()
+    if not traced:
+        scaling = check.number(OP, "scaling", scaling)
+    threshold = lora_check.keeping(OP, dropout)
+    if traced or bias is not None or not lora_check.fits(x, weight, lora_A, lora_B):
+        lora_check.layer(OP, x, weight, bias)
+        lora_check.factors(OP, ("lora_A", "lora_B"), x, weight, lora_A, lora_B)
+    scaling = scaling * rescale_factor(threshold, "density")
+    drops = threshold < lora_pass.ALL
+    if not library.needed(x, weight, lora_A, lora_B, bias):
+        key = (_drawn() if seed is None else check.seed(OP, seed)) if drops else 0
+        return lora_pass.forward(x, weight, [(lora_A, lora_B, scaling)], None, bias, threshold, key)[0]
+    factor = torch.full((1,), scaling, dtype=torch.float64)
+    key_tensor = None
+    if drops:
+        key_tensor = _draw() if seed is None else torch.full((), library.signed(check.seed(OP, seed)))
+    return lora_pass.operator(x, weight, [lora_A], [lora_B], factor, None, bias, threshold, key_tensor)
+
+
+def _draw() -> torch.Tensor:
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+
+
+def _drawn() -> int:
+    return int(_draw())

@@ -1,0 +1,83 @@
+"""PEFT's merge, one adapter after another: torch's same operations on the same dtypes, for the same bits.
+
+What PEFT 0.21.2 does in ``tuners/lora/layer.py`` (``get_delta_weight``, ``merge``) and ``variants.py``: a
+delta is multiplied in float32 where the factors are halves on a CPU and rounded to their dtype, and the
+weight is rounded after every adapter. For a DoRA adapter it takes all adapters before out of the weight
+again, rounding each time, to get at the weight that the norm is of, and puts them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def delta(A: torch.Tensor, B: torch.Tensor, scaling: float, fan_in_fan_out: bool) -> torch.Tensor:
+    """scaling * B @ A as PEFT computes and rounds it, [out, in] or transposed."""
+    dtype = B.dtype
+    wide = B.is_cpu and dtype in HALVES
+    if wide:
+        A, B = A.float(), B.float()
+    product = B @ A
+    scaled = (product.T if fan_in_fan_out else product) * scaling
+    return scaled.to(dtype) if wide else scaled
+
+
+class Layer:
+    """A weight into which adapters are merged in turn."""
+
+    def __init__(self, weight: torch.Tensor, fan_in_fan_out: bool) -> None:
+        self.weight, self.fan_in_fan_out = weight.detach().clone(), fan_in_fan_out
+        self.merged: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
+
+    def merge(self, change: torch.Tensor, magnitude: torch.Tensor | None) -> None:
+        """Adds one delta; with a magnitude, scales what is then there."""
+        base = None if magnitude is None else self._unmerged()
+        self._add(change, magnitude, base)
+
+    def _add(self, change: torch.Tensor, magnitude: torch.Tensor | None, base: torch.Tensor | None) -> None:
+        factor = None
+        if magnitude is None or base is None:
+            self.weight += change
+        else:
+            total = self._turned(base) + self._turned(change)
+            norm = torch.linalg.norm(total, dim=1).to(total.dtype)
+            factor = self._turned((magnitude / norm).view(-1, 1))
+            self.weight = (factor * (self.weight + change)).to(self.weight.dtype)
+        self.merged.append((change, magnitude, factor))
+
+    def _unmerged(self) -> torch.Tensor:
+        """The weight without what was merged, which is taken out, last first, and put back."""
+        before, self.merged = self.merged, []
+        for change, _, factor in reversed(before):
+            if factor is None:
+                self.weight -= change.to(self.weight.dtype)
+            else:
+                self.weight = (self.weight / factor - change).to(self.weight.dtype)
+        base = self.weight.clone()
+        for change, magnitude, _ in before:
+            self._add(change, magnitude, base)
+        return base
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        return x.T if self.fan_in_fan_out else x
+
+
+def merge_as_peft(
+    out: torch.Tensor,
+    weight: torch.Tensor,
+    A: Sequence[torch.Tensor],
+    B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    magnitude: Sequence[torch.Tensor | None],
+    fan_in_fan_out: bool,
+) -> None:
+    """Fills ``out`` with what ``merge`` of a PEFT layer leaves in the weight."""
+    with torch.no_grad():
+        layer = Layer(weight, fan_in_fan_out)
+        for a, b, s, m in zip(A, B, scaling, magnitude, strict=True):
+            layer.merge(delta(a, b, s, fan_in_fan_out), m)
+        out.copy_(layer.weight)
