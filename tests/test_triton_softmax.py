@@ -110,8 +110,8 @@ def test_units_in_the_last_place(shape, monkeypatch):
 def test_units_in_the_last_place_of_long_rows(regime, shape, kind, monkeypatch):
     use(monkeypatch, regime)
     x = drawn("3 randn", shape) * 10 + 2e6 if kind == "beyond 1e6" else drawn(kind, shape, 1)
-    if kind in ("3 randn", "beyond 1e6"):
-        check_all(x)
+    if kind == "3 randn":
+        return check_all(x)
     assert units(run(x), torch.softmax(x.double(), 1)).max() <= 4
 
 
@@ -143,15 +143,14 @@ def test_no_choice_depends_on_the_batch():
             assert one._replace(groups=0) == many._replace(groups=0)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("regime", SETTINGS)
+@pytest.mark.parametrize(
+    ("regime", "last"), [("whole", False), ("whole", True), ("walked", False), ("chunks", True)]
+)
 def test_special_values(regime, last, monkeypatch):
-    """All at once, each in a row of its own among -inf; half of them where a row takes several programs."""
-    if last and regime == "walked":
-        pytest.skip("the chunks show it")
+    """All at once, each in a row of its own among -inf; half of them where a row is long."""
     use(monkeypatch, regime)
     n, chosen = 20 if regime == "whole" else 1030, list(SPECIAL.values())
-    if regime == "chunks":
+    if regime != "whole":
         chosen = chosen[last::2]
     x = torch.full((len(chosen), n, 1), -INF)
     for row, values in zip(x, chosen, strict=True):
@@ -172,11 +171,14 @@ def test_special_values(regime, last, monkeypatch):
     torch.testing.assert_close(got, logarithm, rtol=6e-7, atol=1e-37, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", options((1, 1, 1)))
-@pytest.mark.parametrize("regime", SETTINGS)
+@pytest.mark.parametrize(
+    ("regime", "name"),
+    [
+        *(("whole", name) for name in options((1, 1, 1))),
+        *itertools.product(("walked", "chunks"), ("all", "sink far above", "safe")),
+    ],
+)
 def test_options(regime, name, monkeypatch):
-    if regime != "whole" and name not in ("all", "sink far above", "safe"):
-        pytest.skip("one way to the logits serves all regimes")
     use(monkeypatch, regime)
     for shape in SHAPES[regime][:1] if regime == "chunks" else SHAPES[regime][:1] + SHAPES[regime][2:]:
         x, chosen = drawn("3 randn", shape), options(shape)[name]
@@ -265,7 +267,7 @@ def test_gradients_against_float64(regime, shape, monkeypatch):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_ops_choose_the_backend(dim):
-    chosen = {"temperature": 0.7, "softcap": 5.0, "mask": there(drawn("3 randn", (40,), 1) > -3)}
+    chosen = {"temperature": 0.7, "softcap": 5.0, "mask": there(drawn("3 randn", (30, 40), 1) > -3)}
     for name in ("softmax", "log_softmax", "logsumexp"):
         given = chosen if name != "logsumexp" else {"temperature": 0.7}
         x = there(drawn("3 randn", (30, 40))).requires_grad_()
