@@ -123,6 +123,15 @@ def test_special_values(name, where, around):
             torch.testing.assert_close(run(z, "logsumexp"), wanted, rtol=3e-7, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("low", [-709.8, -8e5, -3e38])
+def test_an_infinity_before_far_smaller_logits(low):
+    """A thread's next batch begins its sum anew, in units that 2^0 does not fit."""
+    x = torch.full((1, 128, 1), low)
+    x[0, 0] = INF
+    for z in (x, x.repeat(1, 3, 3)):
+        assert torch.equal(run(z, "logsumexp"), torch.logsumexp(z, 1)) and bool(run(z).isnan().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=SHORT.get)
 def test_special_values_of_16_bits(dtype):
     """Rounded to 16 bits before, which makes -inf of the least float32; NaN where torch has one."""
@@ -308,6 +317,12 @@ def test_gradients(op, where, shape, out_dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_tiny_gradients_lose_no_digits(op):
+    y, grad = getattr(torch, op)(drawn("3 randn", (2, 50, 1)), 1), 1e-28 * drawn("3 randn", (2, 50, 1), 1)
+    close_gradient(back(f"{op}_backward", grad, y, torch.float32), f"{op}_backward", grad, y)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_gradients_in_place(op):
     y = getattr(torch, op)(drawn("3 randn", (2, 300, 1)), 1)
     grad = drawn("3 randn", (2, 300, 1), 1)
@@ -359,3 +374,19 @@ def test_a_failed_launch_names_op_shape_and_error(monkeypatch):
         cuda.softmax(x, x, 1.0, None, None, None, False)
     with pytest.raises(RuntimeError, match="log_softmax_backward: launch on"):
         cuda.log_softmax_backward(x, x, x, 1.0)
+
+
+@pytest.mark.skipif(EMULATED, reason="no CUDA device")
+@pytest.mark.parametrize("n", [100, 4096, 40_000, 1_000_003])
+def test_in_a_cuda_graph_on_a_stream_of_its_own(n):
+    """A warp's rows, a block's, a cluster's, and chunks with scratch memory."""
+    x = there(drawn("3 randn", (2, n, 1)))
+    out = torch.full_like(x, math.nan)
+    cuda.softmax(out, x, 1.0, None, None, None, False)  # loads the kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda.softmax(out, x, 1.0, None, None, None, False)
+    x.copy_(x.flip(1))
+    graph.replay()
+    assert_same_bits(out.cpu(), run(x.cpu()))
