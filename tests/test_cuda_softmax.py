@@ -22,14 +22,17 @@ from tests.walls import Walls
 from tests.where import DEVICE, EMULATED, there
 
 OPS = ("softmax", "log_softmax")
-DEFAULT = (96 << 10, 208 << 10, 32768, 4096, 1024, True)
+TRUE = (96 << 10, 208 << 10, 32768, 4096, 1024)
+DEFAULT = (*TRUE, True, 227 << 10)
 SMALL = {
-    "clusters": (512, 2048, 512, 256, 4, True),
-    "no clusters": (512, 2048, 512, 256, 4, False),
+    "clusters": (512, 2048, 512, 256, 4, True, 227 << 10),
+    "no clusters": (512, 2048, 512, 256, 4, False, 227 << 10),
+    "sm_80": (*TRUE, False, 163 << 10),
+    "sm_89": (*TRUE, False, 99 << 10),
     "default": DEFAULT,
 }
 """Arguments of ``_cuda.regimes``: bytes that a block keeps, at most, elements of a chunk of a row and of a
-column, chunks, and whether there are clusters."""
+column, chunks; whether there are clusters, and the shared memory that a block may have."""
 
 LANES = (1, 5, 31, 128, 129, 1000, 1024, 1025, 2049)
 """On each side of: a vector, 4, 8, 32 and 64 threads for a row (in float32; in 16 bits half as many)."""
@@ -374,19 +377,3 @@ def test_a_failed_launch_names_op_shape_and_error(monkeypatch):
         cuda.softmax(x, x, 1.0, None, None, None, False)
     with pytest.raises(RuntimeError, match="log_softmax_backward: launch on"):
         cuda.log_softmax_backward(x, x, x, 1.0)
-
-
-@pytest.mark.skipif(EMULATED, reason="no CUDA device")
-@pytest.mark.parametrize("n", [100, 4096, 40_000, 1_000_003])
-def test_in_a_cuda_graph_on_a_stream_of_its_own(n):
-    """A warp's rows, a block's, a cluster's, and chunks with scratch memory."""
-    x = there(drawn("3 randn", (2, n, 1)))
-    out = torch.full_like(x, math.nan)
-    cuda.softmax(out, x, 1.0, None, None, None, False)  # loads the kernel
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        cuda.softmax(out, x, 1.0, None, None, None, False)
-    x.copy_(x.flip(1))
-    graph.replay()
-    assert_same_bits(out.cpu(), run(x.cpu()))
