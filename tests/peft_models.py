@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,6 @@ from transformers import (
 )
 
 from tests.checkpoints import load
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT asks the hub whether a vocabulary has grown
 
 _SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 _LLAMA = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
