@@ -1,8 +1,9 @@
 """Every Triton kernel compiled ahead of time, without a GPU: ``python -m pykernels.kernels.compiled``.
 
 Prints registers and stack of each kernel in its benchmark configurations for sm_80, sm_90 and sm_100, and
-fails if a kernel spills (a stack), or fuses a product and a sum, which could change a decision. Measured is
-what the launches of :mod:`pykernels.kernels.launch` would compile: the same blocks, warps and options.
+fails if a kernel spills (a stack), or fuses a product and a sum, which could change a decision, or reads
+aligned rows in less than words. Measured is what the launches of :mod:`pykernels.kernels.launch` and
+:mod:`pykernels.kernels.row_shapes` would compile: the same blocks, warps and options.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Configuration(NamedTuple):
     warps: int
     fused: bool = False
     """Whether it names fused operations itself; then no other is looked for."""
+    wide: bool = False
+    """Whether all that it reads, masks too, lies so that loads are of four bytes or more."""
 
     def __str__(self) -> str:
         named = [f"{k}={getattr(v, 'name', v)}" for k, v in self.constants.items() if k in VARIANTS]
@@ -69,11 +72,12 @@ VARIANTS = ("IN", "MODELS", "COMBINE", "KEEP", "ALIGN", "KIND", "LOG", "CAPPED",
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel takes per thread, and its fused operations."""
+    """What a compiled kernel takes per thread, and what it should not hold: fused operations, short loads."""
 
     registers: int
     stack: int
     fused: list[str]
+    short: list[str]
 
 
 def configurations() -> Iterator[Configuration]:
@@ -161,7 +165,7 @@ def rows(
     if "FULL" in kernel.arg_names:
         constants["FULL"] = n == shape.tile
     taken = {name: kind for name, kind in {**ROWS, "sums": sums}.items() if name in kernel.arg_names}
-    return Configuration(kernel, taken, constants, warps, fused=True)
+    return Configuration(kernel, taken, constants, warps, fused=True, wide=True)
 
 
 def softmaxes() -> Iterator[Configuration]:
@@ -172,7 +176,7 @@ def softmaxes() -> Iterator[Configuration]:
     sampled = {**plain, "TEMPERED": True}
     masked = {**sampled, "SINK": True, "MASK": tl.int1, "DENSE": True, "MASK_ALIGN": 16}
     capped = {**masked, "CAPPED": True}
-    kinds = (softmax.SOFTMAX.value, softmax.LOG.value)
+    kinds = (softmax.SOFTMAX.value, softmax.LOG.value, softmax.SUM.value)
     for kernel, sizes, dtype, kind, options in (
         (softmax._softmax_whole, (4096, 60, 1), tl.float32, 1, plain),
         (softmax._softmax_whole, (4096, 4096, 1), tl.float32, 0, plain),
@@ -180,6 +184,7 @@ def softmaxes() -> Iterator[Configuration]:
         (softmax._softmax_whole, (4096, 4000, 1), tl.bfloat16, 0, capped),
         (softmax._softmax_whole, (64, 512, 4096), tl.float32, 0, plain),
         (softmax._softmax_walked, (64, 131072, 1), tl.float32, 1, plain),
+        (softmax._softmax_walked, (64, 131072, 1), tl.float32, 2, plain),
         (softmax._softmax_walked, (64, 131072, 1), tl.bfloat16, 0, masked),
         (softmax._softmax_walked, (64, 4096, 4096), tl.float32, 0, plain),
         (softmax._softmax_chunks, (8, 151936, 1), tl.float32, 0, sampled),
@@ -222,7 +227,8 @@ def usage(configuration: Configuration, architecture: int) -> Usage:
         ).stdout
     registers, stack = (int(re.findall(rf"\b{what}:(\d+)", said)[-1]) for what in ("REG", "STACK"))
     fused = [] if configuration.fused else re.findall(r"\bfma\.\S+", kernel.asm["ptx"])
-    return Usage(registers, stack, fused)
+    short = re.findall(r"\bld\.global\.b(?:8|16)\b", kernel.asm["ptx"]) if configuration.wide else []
+    return Usage(registers, stack, fused, short)
 
 
 def usages() -> Iterator[tuple[Configuration, list[Usage]]]:
@@ -232,7 +238,7 @@ def usages() -> Iterator[tuple[Configuration, list[Usage]]]:
 
 
 def main() -> int:
-    """Print the table; 1 where a kernel spills or fuses."""
+    """Print the table; 1 where a kernel spills, fuses or reads in short pieces."""
     if launch.INTERPRETED:
         print("TRITON_INTERPRET is set: nothing can be compiled", file=sys.stderr)
         return 2
@@ -240,8 +246,8 @@ def main() -> int:
     print(f"{'kernel':<56}" + "".join(f"  sm_{a:<3} regs stack" for a in ARCHITECTURES))
     for configuration, uses in usages():
         print(f"{configuration!s:<56}" + "".join(f"{u.registers:>13}{u.stack:>6}" for u in uses), flush=True)
-        if any(u.stack or u.fused for u in uses):
-            failures.append(f"{configuration}: spills or fuses: {uses}")
+        if any(u.stack or u.fused or u.short for u in uses):
+            failures.append(f"{configuration}: spills, fuses or reads in short pieces: {uses}")
     print(*failures, sep="\n", file=sys.stderr)
     return int(bool(failures))
 

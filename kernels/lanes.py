@@ -36,9 +36,11 @@ def words(address, start, lane, mask, WORD: tl.constexpr, ALIGN: tl.constexpr, W
         for b in tl.static_range(1, SIZE):
             bits |= fetch(place + b, mask, WHOLE).to(WORD) << (8 * b)
     else:
-        place = address.to(tl.pointer_type(WORD)) + start
-        if ALIGN == 16:
-            place = tl.multiple_of(place, 16)
+        place = address.to(tl.pointer_type(WORD))
+        if ALIGN == 16:  # said twice, as a start of 0 takes what is said of the sum along
+            place = tl.multiple_of(tl.multiple_of(place, 16) + start, 16)
+        else:
+            place += start
         bits = fetch(place + lane, mask, WHOLE)
     return bits
 

@@ -55,7 +55,7 @@ def put_gradient(
     by = total.to(tl.float32)[:, None]
     if LOG:
         w = tl.where(y < LEAST, 0.0, lifted_exp(y, total.to(tl.int32)[:, None] * 0, 6))
-        d = g - w * (by * 2.0**-44)
+        d = g - (w * 2.0**-44) * by  # as small sums cannot be scaled down
     else:
         d = y * (g - by)
     write(out, start, lane, exists, narrowed(d * scale, TO), ALIGN, FULL and LINES == 1)

@@ -104,17 +104,12 @@ def masked(
     MASK: tl.constexpr, FORM: tl.constexpr, DENSE: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """z through a mask of strides s0, s1, s2. DENSE: neighbours in a tile are neighbours in the mask."""
-    k = begin + tl.arange(0, N)
+    k, base = begin + tl.arange(0, N), outer * s0
+    along = k * s1 if FORM == COLUMNS or not DENSE else k
     if ALIGN == 16:
-        s0 = tl.multiple_of(s0, 16)
-    if FORM == COLUMNS:
-        if ALIGN == 16:
-            s1 = tl.multiple_of(s1, 16)
-        across = column if DENSE else column * s2
-        lane = (outer * s0 + across)[:, None] + (k * s1)[None, :]
-    else:
-        along = k if DENSE else k * s1
-        lane = (outer * s0 + column * s2)[:, None] + along[None, :]
+        base, along = tl.multiple_of(base, 16), tl.multiple_of(along, 16)
+    base += column if FORM == COLUMNS and DENSE else column * s2
+    lane = base[:, None] + along[None, :]
     if MASK == tl.int1:
         place = mask.to(tl.pointer_type(tl.uint8))
         if ALIGN == 16:

@@ -22,14 +22,17 @@ from tests.walls import Walls
 from tests.where import DEVICE, EMULATED, there
 
 OPS = ("softmax", "log_softmax")
-DEFAULT = (96 << 10, 208 << 10, 32768, 4096, 1024, True)
+TRUE = (96 << 10, 208 << 10, 32768, 4096, 1024)
+DEFAULT = (*TRUE, True, 227 << 10)
 SMALL = {
-    "clusters": (512, 2048, 512, 256, 4, True),
-    "no clusters": (512, 2048, 512, 256, 4, False),
+    "clusters": (512, 2048, 512, 256, 4, True, 227 << 10),
+    "no clusters": (512, 2048, 512, 256, 4, False, 227 << 10),
+    "sm_80": (*TRUE, False, 163 << 10),
+    "sm_89": (*TRUE, False, 99 << 10),
     "default": DEFAULT,
 }
 """Arguments of ``_cuda.regimes``: bytes that a block keeps, at most, elements of a chunk of a row and of a
-column, chunks, and whether there are clusters."""
+column, chunks; whether there are clusters, and the shared memory that a block may have."""
 
 LANES = (1, 5, 31, 128, 129, 1000, 1024, 1025, 2049)
 """On each side of: a vector, 4, 8, 32 and 64 threads for a row (in float32; in 16 bits half as many)."""
@@ -121,6 +124,15 @@ def test_special_values(name, where, around):
                 assert bool((got.view(torch.int32)[got.isnan()] == 0x7FC00000).all())
             wanted = torch.logsumexp(z, 1)
             torch.testing.assert_close(run(z, "logsumexp"), wanted, rtol=3e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("low", [-709.8, -8e5, -3e38])
+def test_an_infinity_before_far_smaller_logits(low):
+    """A thread's next batch begins its sum anew, in units that 2^0 does not fit."""
+    x = torch.full((1, 128, 1), low)
+    x[0, 0] = INF
+    for z in (x, x.repeat(1, 3, 3)):
+        assert torch.equal(run(z, "logsumexp"), torch.logsumexp(z, 1)) and bool(run(z).isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=SHORT.get)
@@ -305,6 +317,12 @@ def test_gradients(op, where, shape, out_dtype):
         close_gradient(got, f"{op}_backward", grad, y)
         again = back(f"{op}_backward", grad[-1:].contiguous(), y[-1:].contiguous(), out_dtype)
         assert_same_bits(got[-1:].contiguous(), again)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tiny_gradients_lose_no_digits(op):
+    y, grad = getattr(torch, op)(drawn("3 randn", (2, 50, 1)), 1), 1e-28 * drawn("3 randn", (2, 50, 1), 1)
+    close_gradient(back(f"{op}_backward", grad, y, torch.float32), f"{op}_backward", grad, y)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,4 +1,5 @@
-"""Every Triton kernel, compiled ahead of time for three generations of GPU: no spill, no fused operation."""
+"""Every Triton kernel compiled ahead of time for three generations of GPU: no spill, no fused operation, wide
+loads."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_no_kernel_spills_or_fuses():
+def test_no_kernel_spills_fuses_or_reads_in_short_pieces():
     """In a process of its own: whether kernels are interpreted is settled when they are defined."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-m", "pykernels.kernels.compiled"]

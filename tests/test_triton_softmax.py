@@ -240,6 +240,14 @@ def test_gradients_against_float64(regime, shape, monkeypatch):
         within(over.cpu(), 0.7 * (wide - p * total), size)
 
 
+def test_tiny_gradients_lose_no_digits():
+    y, g = drawn("3 randn", (2, 50, 1)).log_softmax(1), 1e-28 * drawn("3 randn", (2, 50, 1), 1)
+    out, p, wide = torch.full(y.shape, math.nan, device=DEVICE), y.double().exp(), g.double()
+    kernels.log_softmax_backward(out, there(g), there(y), 1.0)
+    size = wide.abs() + (2 + y.double().abs()) * p * wide.abs().sum(1, keepdim=True)
+    within(out.cpu(), wide - p * wide.sum(1, keepdim=True), size)
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_ops_choose_the_backend(dim):
     chosen = {"temperature": 0.7, "softcap": 5.0, "mask": there(drawn("3 randn", (30, 40), 1) > -3)}

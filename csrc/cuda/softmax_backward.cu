@@ -24,14 +24,15 @@ struct Pairs {
     return double(tree_sum(w));
   }
   __device__ __forceinline__ void gradients(int kind, float sum, float scale) {
-    const Reference at = reference(0);
+    // e^y * 2^26 and sum * 2^-26: normal floats for y of -104 or more and sums down to 2^-100.
+    const Reference at = reference(38, 188);
 #pragma unroll
     for (int j = 0; j < kBatch; j++) {
       if (kind == kSoftmax) {
         y[j] = y[j] * (g[j] - sum) * scale;
       } else {
         const float p = y[j] < -104 ? 0 : lifted_exp(y[j], at);  // below, e^y is 0 in float
-        y[j] = (g[j] - p * (sum * 0x1p-64f)) * scale;
+        y[j] = (g[j] - p * (sum * 0x1p-26f)) * scale;
       }
     }
   }

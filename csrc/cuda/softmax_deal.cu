@@ -29,14 +29,16 @@ Deal deal_of(int64_t rows, int64_t n, int width, int vectors_of_batch, int slot,
   d.lanes = lanes_for(d.part, d.cluster > 1 ? 32 : 4,
                       d.part * slot <= regimes.share ? kMostThreads / 2 : kMostThreads);
   d.ring = int(std::min<int64_t>(ceil_divide(d.part, int64_t(d.lanes) * vectors_of_batch), 1 << 20));
-  const int64_t shared = kStatesBytes + int64_t(d.ring) * vectors_of_batch * threads_of(d) * slot;
-  if (shared <= std::min(limits.shared, regimes.most + kStatesBytes)) return d;
-  const int64_t most = ceil_divide(ceil_divide(n, regimes.chunk), regimes.chunks);
+  const int64_t most = std::min(limits.shared, regimes.most + kStatesBytes);
+  if (shared_of(d, vectors_of_batch, slot) <= most) return d;
+  const int64_t longer = ceil_divide(ceil_divide(n, regimes.chunk), regimes.chunks);
   d.cluster = 1;
-  d.part = regimes.chunk * most / width;
+  // Two parts at least: what does not stay in shared memory has to be read twice.
+  d.part = std::min(regimes.chunk * longer / width, ceil_divide(vectors, 2));
   d.parts = ceil_divide(vectors, d.part);
   d.lanes = lanes_for(d.part, 32, kMostThreads / 2);
   d.ring = kAhead;
+  while (d.lanes > 32 && shared_of(d, vectors_of_batch, slot) > limits.shared) d.lanes /= 2;
   return d;
 }
 

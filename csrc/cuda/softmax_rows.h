@@ -147,6 +147,11 @@ inline int threads_of(const Deal& d) {
   return d.lanes <= 32 && d.cluster == 1 && d.parts == 1 ? kFewThreads : d.lanes;
 }
 
+/// Bytes of shared memory of a block.
+inline int64_t shared_of(const Deal& d, int vectors_of_batch, int slot) {
+  return kStatesBytes + int64_t(d.ring) * vectors_of_batch * threads_of(d) * slot;
+}
+
 template <class Op>
 Deal deal_rows(const typename Op::Job& job, int device) {
   return deal_of(job.outer, job.n, Op::kWidth, Op::kVectors, 16 * Op::regions(job), limits_of(device));
@@ -158,8 +163,7 @@ void run_rows(const typename Op::Job& job, void* scratch, int device, cudaStream
   Deal d = deal_rows<Op>(job, device);
   d.scratch = scratch;
   const int threads = threads_of(d), each = threads / d.lanes;
-  const size_t shared =
-      size_t(kStatesBytes) + size_t(d.ring) * Op::kVectors * size_t(threads) * size_t(16 * Op::regions(job));
+  const size_t shared = size_t(shared_of(d, Op::kVectors, 16 * Op::regions(job)));
   const int64_t blocks = (d.rows + each - 1) / each * d.cluster * d.parts;
   for (int stage = d.parts > 1 ? kSums : kWhole; stage <= (d.parts > 1 ? kFinish : kWhole); stage++) {
     d.stage = stage;

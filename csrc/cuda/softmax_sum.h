@@ -157,7 +157,8 @@ class Adder {
     const bool near = in_range(most);
     const float shift = near ? 0 : most;
     const int exponent = near ? nearest_exponent(most) : 0;
-    sum_.total *= sum_.scale_to(shift, exponent);
+    // What came before the first raise counts for nothing, be it all -inf or beside a +inf; a NaN stays.
+    sum_.total *= bound_ == kMinusInfinity ? 0 : sum_.scale_to(shift, exponent);
     sum_.shift = shift;
     sum_.exponent = exponent;
     sum_.largest = larger(most, sum_.largest);

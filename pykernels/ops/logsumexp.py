@@ -130,9 +130,9 @@ def _mend(p: torch.Tensor, rows: torch.Tensor, temperature: float) -> None:
     """Rows with +inf: softmax has NaN everywhere, the derivative of their sum only where the +inf are."""
     if p.is_cpu and not bool(p[:, 0].isnan().any()):  # elsewhere the question would have the host wait
         return
-    z = rows.to(p.dtype) / temperature
-    infinite = ((z == math.inf).any(1) & ~z.isnan().any(1)).unsqueeze(1)
-    p.copy_(torch.where(infinite, torch.where(z == math.inf, math.nan, 0.0), p))
+    z = rows if temperature >= 1 else rows.to(p.dtype) / temperature  # may be infinite where x is not
+    infinite = z.amax(1, keepdim=True) == math.inf  # not beside a NaN
+    p.masked_fill_(infinite & (z != math.inf), 0.0)
 
 
 def _fake_backward(grad: torch.Tensor, x: torch.Tensor, dims: list[int], temperature: float) -> torch.Tensor:
