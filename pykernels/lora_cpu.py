@@ -85,9 +85,7 @@ def _torch_is_faster(x: torch.Tensor, threshold: int) -> bool:
     return x.dtype == torch.float32 and threshold == ALL
 
 
-def _stored(
-    weight: torch.Tensor, adapters: Sequence[Adapter]
-) -> tuple[torch.Tensor, Sequence[Adapter]]:
+def _stored(weight: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, Sequence[Adapter]]:
     """Kernels read what is in memory, of any strides, and a negated view is not."""
     return weight.resolve_neg(), [(a.resolve_neg(), b.resolve_neg(), s) for a, b, s in adapters]
 

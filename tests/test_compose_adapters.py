@@ -136,6 +136,9 @@ def test_what_is_not_composed_is_refused(home, tmp_path):
     other = write_adapter(tmp_path / "other", factors("q", 40, 31))
     assert "[4, 31] does not fit [2, 30] of" in refused(home / "a", other)
     assert "must have rank 9 of the config" in refused(write_adapter(tmp_path / "r", good, r=9))
+    good["q.lora_B.weight"][1, 2] = torch.inf
+    bad = write_adapter(tmp_path / "bad", good)
+    assert "q.lora_B.weight': holds NaN or infinite elements" in refused(home / "a", bad)
     assert "give one per adapter, 1, or none; got 2" in refused(home / "a", weights=(1, 2))
     assert "density must be given with method 'ties'" in refused(home / "a", method="ties")
     (tmp_path / "full").mkdir()
@@ -210,8 +213,23 @@ def test_what_cannot_be_extracted_is_refused(home, tmp_path):
     assert "tensor 'n': a scalar changed" in refused(tuned(home, tmp_path / "n", n=torch.tensor(4)))
     shape = tuned(home, tmp_path / "shape", **{"k.weight": torch.ones(21, 30)})
     assert "tensor 'k.weight' must have shape [20, 30], as in the base, got [21, 30]" in refused(shape)
+    bad = tuned(home, tmp_path / "bad", **{"k.weight": torch.full((20, 30), torch.nan)})
+    assert "tensor 'k.weight': differs from the base's by NaN or infinite elements" in refused(bad)
+    whole = tuned(home, tmp_path / "whole", **{"k.weight": torch.ones(20, 30, dtype=torch.int64)})
+    assert "tensor 'k.weight': I64 changed, which no adapter holds" in refused(whole)
     more = tuned(home, tmp_path / "more", extra=torch.ones(2))
     assert "lacks tensor 'extra'" in refused(more)
+
+
+def test_ranks_belong_to_whole_paths(tmp_path):
+    """PEFT takes a name for the end of longer ones."""
+    shapes = {"fc.weight": (40, 30), "l.fc.weight": (20, 30), "z.fc.weight": (20, 30)}
+    write_model(tmp_path / "base", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    tensors = {**factors("fc", 40, 30, 2), **factors("l.fc", 20, 30, 3), **factors("z.fc", 20, 30, 3)}
+    adapter = write_adapter(tmp_path / "a", tensors, r=3, lora_alpha=3, rank_pattern={"^fc": 2})
+    compose([str(adapter)], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"] == {"^fc": 2}
+    assert merged(tmp_path, tmp_path / "merged", tmp_path / "out").keys() == shapes.keys()
 
 
 def test_experts_and_integers_have_no_form_here(tmp_path):

@@ -162,8 +162,14 @@ def _lora(adapter: Adapter, parts: Parts, inputs: Inputs) -> LoRA:
     rank = adapter.config.rank(parts.module)
     if a.shape[0] != rank or prod(b.shape[1:]) != rank:
         _refuse(adapter, a, f"A {list(a.shape)} and B {list(b.shape)} must have rank {rank} of the config")
-    scaling = adapter.config.scaling(parts.module, rank)
-    return LoRA(inputs.matrix(a).float(), inputs.matrix(b).float(), scaling)
+    factors = [_finite(adapter, info, inputs.matrix(info).float()) for info in (a, b)]
+    return LoRA(factors[0], factors[1], adapter.config.scaling(parts.module, rank))
+
+
+def _finite(adapter: Adapter, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.isfinite().all():
+        _refuse(adapter, info, "holds NaN or infinite elements")
+    return tensor
 
 
 def _agreed(adapters: Sequence[Adapter], key: str) -> str | None:

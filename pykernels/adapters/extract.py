@@ -91,8 +91,9 @@ class _Extraction:
             if one is None and self._differs(base, tuned):
                 self._refuse(base, "a scalar changed, which no adapter holds")
             return
-        if not one.dtype.is_floating_point:
-            self._refuse(base, f"{base.dtype} changed, which no adapter holds")
+        for info, tensor in ((base, one), (tuned, other)):
+            if not tensor.dtype.is_floating_point:
+                self._refuse(info, f"{info.dtype} changed, which no adapter holds")
         if len(base.shape) == 1:
             self._vectors.append(name)
         elif not name.endswith(".weight") or (len(base.shape) == 3 and ".experts" in name):
@@ -106,6 +107,8 @@ class _Extraction:
         module = name.removesuffix(".weight")
         embedding = len(shape) == 2 and any(f".{name}".endswith(f".{t}") for t in (*EMBEDDINGS, *POSITIONS))
         turned = embedding or (self._turned and len(shape) == 2)
+        if not delta.isfinite().all():
+            self._refuse(self._tuned[name], "differs from the base's by NaN or infinite elements")
         wanted = delta.t().contiguous() if turned else delta
         A, B = truncate(wanted, min(rank, *wanted.shape))
         off = torch.linalg.vector_norm(wanted - B @ A, dtype=torch.float64)
