@@ -85,6 +85,18 @@ def test_methods_on_deltas_print_their_error(home, tmp_path, method):
     assert few[0]["q"] == pytest.approx(float(best), rel=1e-2)
 
 
+@pytest.mark.parametrize("method", ["cat", "svd", "peft_linear"])
+def test_errors_of_sums_are_those_of_the_dense_deltas(home, tmp_path, method):
+    found = compose([str(home / "a")] * 2, tmp_path / "out", method=method, weights=(0.3, 2.0))
+    made, parts = load(tmp_path / "out"), load(home / "a")
+    scaling = json.loads((home / "a" / "adapter_config.json").read_text())["lora_alpha"] / 2**0.5
+    for module in ("q", "k"):
+        exact = 2.3 * scaling * product({k: v.double() for k, v in parts.items()}, module)
+        off = product({k: v.double() for k, v in made.items()}, module) - exact
+        assert found.errors[module] == pytest.approx(float(off.norm() / exact.norm()), rel=1e-3, abs=1e-12)
+    assert (max(found.errors.values()) < 1e-6) == (method != "peft_linear")
+
+
 def test_masks_differ_between_modules_and_seeds(home, tmp_path):
     both = {**factors("q", 40, 30, 2, 1), "k.lora_A.weight": factors("q", 40, 30, 2, 1)["q.lora_A.weight"]}
     both["k.lora_B.weight"] = both["q.lora_B.weight"]
@@ -213,6 +225,8 @@ def test_what_cannot_be_extracted_is_refused(home, tmp_path):
     assert "tensor 'n': a scalar changed" in refused(tuned(home, tmp_path / "n", n=torch.tensor(4)))
     shape = tuned(home, tmp_path / "shape", **{"k.weight": torch.ones(21, 30)})
     assert "tensor 'k.weight' must have shape [20, 30], as in the base, got [21, 30]" in refused(shape)
+    write_model(tmp_path / "vectors", {**load(home / "base"), "norm.weight": torch.full((30,), 2.0)})
+    assert "tensor 'norm.weight': only vectors changed" in refused(tmp_path / "vectors")
     bad = tuned(home, tmp_path / "bad", **{"k.weight": torch.full((20, 30), torch.nan)})
     assert "tensor 'k.weight': differs from the base's by NaN or infinite elements" in refused(bad)
     whole = tuned(home, tmp_path / "whole", **{"k.weight": torch.ones(20, 30, dtype=torch.int64)})

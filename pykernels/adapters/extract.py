@@ -137,6 +137,11 @@ class _Extraction:
                 self._made.tensors[name] = self._copy(name)
         if not self._made.tensors:
             raise FileError(f"{shown(base)}: no tensor differs, so there is no adapter to write")
+        if not self._made.ranks:
+            self._refuse(
+                self._base[self._vectors[0]],
+                "only vectors changed, and PEFT loads no adapter without a matrix",
+            )
         config = self._made.config(
             base_model_name_or_path=base,
             bias="lora_only" if biases else "none",
