@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,31 @@ def _emulate_cuda() -> None:
                 f"the emulated CUDA kernels are not built ({error}): PYKERNELS_EMULATED=1 pip install -e . "
                 "first, or PYKERNELS_WITHOUT_CUDA=1 to leave their tests out"
             ) from None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def triton_prepared_once() -> Iterator[None]:
+    """Triton's interpreter replaces its language anew, half a millisecond, at each device function's call.
+
+    Once a launch is enough: a call inside finds the language replaced already.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+
+    def once(function: Any) -> Any:
+        modules = [m for m in function.__globals__.values() if m is tl or m is tl.core]
+        if any(tl.core.is_builtin(module.arange) for module in modules):
+            return prepare(function)
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

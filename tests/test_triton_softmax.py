@@ -17,9 +17,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton.language as tl
-from triton.runtime import interpreter
-
 import pykernels as pk
 from pykernels.kernels import exponential, row_shapes
 from tests.bounds import assert_same_bits
@@ -47,28 +44,6 @@ SHAPES = {
 """Lengths on both sides of a tile; rows, few columns, a group of columns and a part of another."""
 CASES = [(regime, shape) for regime in SETTINGS for shape in SHAPES[regime]]
 LONG = [(regime, shape) for regime, shape in CASES if regime != "whole"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def calls_at_once():
-    """The interpreter prepares the language anew, for half a millisecond, at every call of a device function.
-
-    Once is enough while it lasts.
-    """
-    if not EMULATED:
-        yield
-        return
-    prepare = interpreter._patch_lang
-
-    def once(function):
-        modules = [m for m in function.__globals__.values() if m is tl or m is tl.core]
-        if any(tl.core.is_builtin(module.arange) for module in modules):
-            return prepare(function)
-        return interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", once)
-        yield
 
 
 def use(monkeypatch, regime):
