@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import torch
 
-from pykernels import lora_torch, products
-from pykernels.lora_torch import ALL, Adapter
+from pykernels import lora_linear_torch, products
+from pykernels.lora_linear_torch import ALL, Adapter
 
 Segments = list[tuple[int, int]]
 
@@ -31,7 +31,7 @@ def lora_linear(
 ) -> None:
     """out [M, N] = x [M, K] W^T + s h B^T + bias, and h [M, ranks] = (x without what is dropped) A^T."""
     if _torch_is_faster(x, threshold):
-        return lora_torch.lora_linear(out, h, x, weight, adapters, index, bias, threshold, key)
+        return lora_linear_torch.lora_linear(out, h, x, weight, adapters, index, bias, threshold, key)
     weight, adapters = _stored(weight, adapters)
     if bias is not None:
         bias = bias.resolve_neg().contiguous()
@@ -58,7 +58,7 @@ def lora_linear_backward(
 ) -> None:
     """Fills the gradients that are asked for."""
     if _torch_is_faster(x, threshold):
-        return lora_torch.lora_linear_backward(
+        return lora_linear_torch.lora_linear_backward(
             by_x, by_weight, by_a, by_b, grad, h, x, weight, adapters, index, threshold, key
         )
     weight, adapters = _stored(weight, adapters)
