@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,14 @@ def test_what_cannot_be_extracted_is_refused(home, tmp_path):
     assert "tensor 'k.weight': I64 changed, which no adapter holds" in refused(whole)
     more = tuned(home, tmp_path / "more", extra=torch.ones(2))
     assert "lacks tensor 'extra'" in refused(more)
+
+
+def test_a_config_is_read_as_strictly_as_a_merge_s(home, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(home / "base", base)
+    (base / "config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"config\.json': must be a JSON object"):
+        extract(str(base), str(tuned(home, tmp_path / "tuned")), tmp_path / "out", rank=1)
 
 
 def test_ranks_belong_to_whole_paths(tmp_path):
