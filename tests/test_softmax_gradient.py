@@ -47,6 +47,14 @@ def test_rows_against_float64(shape, dtypes):
         within(OPS.log_softmax_backward(g, y, dim, 0.7, result), 0.7 * (wide - p * total), size)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-28])
+def test_tiny_gradients_lose_no_digits(size):
+    y, g = drawn("3 randn", (2, 50, 1)).log_softmax(1), size * drawn("3 randn", (2, 50, 1), 1)
+    p, wide = y.double().exp(), g.double()
+    terms = wide.abs() + (2 + y.double().abs()) * p * wide.abs().sum(1, keepdim=True)
+    within(OPS.log_softmax_backward(g, y, 1, 1.0, torch.float32), wide - p * wide.sum(1, keepdim=True), terms)
+
+
 def plain(name, x, dim, options):
     """The same in torch expressions."""
     z, o = x, dict(options)

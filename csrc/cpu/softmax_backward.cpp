@@ -8,11 +8,12 @@ namespace {
 
 constexpr float kLeast = -104;  // e^y is 0 in float below
 
-/// e^y for y <= 0, also where that is denormal, times `sum`.
+/// e^y for y <= 0, also where that is denormal, times `sum`. It is lifted by 2^26, no more than keeps it
+/// normal: `sum` is scaled down by as much, and digits of a small one must survive that.
 PK_IN F exp_times(F y, F sum) {
-  const Reference at = reference(0);
+  const Reference at = reference(kLift - 26, kLift - 26 + 151);
   const F w = lifted_exp<6>(y, F::of(at.magic), F::of(at.low));
-  return select(less(y, F::of(kLeast)), F::of(0), w) * (sum * F::of(0x1p-64f));
+  return select(less(y, F::of(kLeast)), F::of(0), w) * (sum * F::of(0x1p-26f));
 }
 PK_IN F summand(bool log, F lane, F g, F y) { return log ? lane + g : fma(g, y, lane); }
 PK_IN F gradient(bool log, F g, F y, F sum, F scale) {
