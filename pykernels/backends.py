@@ -60,13 +60,13 @@ _SOFTMAX = {
 """The module of a backend that holds all rows of softmax."""
 TABLE |= {op: {backend: f"{module}:{op}" for backend, module in _SOFTMAX.items()} for op in SOFTMAX_ROWS}
 TABLE["merge_lora"] = {
-    "cpu": "pykernels.native_lora:merge_lora",
+    "cpu": "pykernels.merge_lora_cpu:merge_lora",
     "ref": "pykernels.ref.merge_lora:merge_lora",
 }
 TABLE |= {
     op: {
-        "cpu": f"pykernels.lora_cpu:{op}",
-        "torch": f"pykernels.lora_torch:{op}",
+        "cpu": f"pykernels.lora_linear_cpu:{op}",
+        "torch": f"pykernels.lora_linear_torch:{op}",
         "ref": f"pykernels.ref.lora_blocks:{op}",
     }
     for op in ("lora_linear", "lora_linear_backward")

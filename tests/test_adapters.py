@@ -62,6 +62,10 @@ CONFIGS = [
     ),
     ({"r": 0}, "r: '0': a rank must be an integer of at least 1"),
     ({"r": True}, "r: 'True': a rank must be"),
+    ({"r": 10**400}, "(401 characters): a rank must be an integer of at least 1, and of 64 bits"),
+    ({"lora_alpha": 10**400}, "(401 characters): must be a finite number, of at most 1.7e+38"),
+    ({"lora_alpha": 1e39}, "lora_alpha: '1e+39': must be a finite number"),
+    ({"rank_pattern": {"((q|.)+)+x": 1}}, "rank_pattern: '((q|.)+)+x': repeats a group"),
     ({"lora_alpha": "8"}, "lora_alpha: '8': must be a finite number"),
     ({"use_dora": 1}, "use_dora: '1': must be true or false"),
     ({"bias": "some"}, "bias: 'some': must be none, all or lora_only"),
@@ -223,6 +227,28 @@ def test_scalings(base, tmp_path):
     assert [c.scaling for c in changes(plan, f"{LAYER}.weight")] == [0.5 * 10 / 2, -10 / 2]
     assert changes(plan, "model.layers.1.q_proj.weight")[0].scaling == 0.5 * 6 / 2
     assert plan.models[0].modules == ({"linear": 2}, {"linear": 2})
+
+
+def test_a_scaling_beyond_float32(base, tmp_path):
+    adapter = write_adapter(tmp_path / "a", GOOD, lora_alpha=1e38)
+    assert f"{LAYER}.lora_A.weight': is scaled by 2.5e+37 and a weight of 10:" in refused(
+        base, adapter, weights=(10.0,)
+    )
+
+
+def test_signs_in_escapes_and_classes_repeat_no_group(base, tmp_path):
+    pattern = {r"x[)*]\)*": 3, r".*\.layers\.(0|1)\.q_(proj)?": 4}
+    planned(base, write_adapter(tmp_path / "a", GOOD, r=8, rank_pattern=pattern))
+
+
+def test_more_parameters_than_are_told_apart(base, tmp_path):
+    """Every order of them is tried, so a file must not be able to ask for many."""
+    names = [f"experts.{letter}" for letter in "abcdefghijklm"]
+    tensors = factors("model.layers.1.experts", 40, 50, rank=12)
+    for depth in range(1, 12):
+        tensors |= factors("model.layers.1.experts" + ".base_layer" * depth, 40, 50, rank=12)
+    adapter = write_adapter(tmp_path / "a", tensors, target_parameters=names)
+    assert "13 of target_parameters are of its module, and at most 6 are told apart" in refused(base, adapter)
 
 
 def test_weights_that_cannot_be(base, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ def test_methods_on_deltas_print_their_error(home, tmp_path, method):
     assert few[0]["q"] == pytest.approx(float(best), rel=1e-2)
 
 
+@pytest.mark.parametrize("method", ["cat", "svd", "peft_linear"])
+def test_errors_of_sums_are_those_of_the_dense_deltas(home, tmp_path, method):
+    found = compose([str(home / "a")] * 2, tmp_path / "out", method=method, weights=(0.3, 2.0))
+    made, parts = load(tmp_path / "out"), load(home / "a")
+    scaling = json.loads((home / "a" / "adapter_config.json").read_text())["lora_alpha"] / 2**0.5
+    for module in ("q", "k"):
+        exact = 2.3 * scaling * product({k: v.double() for k, v in parts.items()}, module)
+        off = product({k: v.double() for k, v in made.items()}, module) - exact
+        assert found.errors[module] == pytest.approx(float(off.norm() / exact.norm()), rel=1e-3, abs=1e-12)
+    assert (max(found.errors.values()) < 1e-6) == (method != "peft_linear")
+
+
 def test_masks_differ_between_modules_and_seeds(home, tmp_path):
     both = {**factors("q", 40, 30, 2, 1), "k.lora_A.weight": factors("q", 40, 30, 2, 1)["q.lora_A.weight"]}
     both["k.lora_B.weight"] = both["q.lora_B.weight"]
@@ -136,6 +149,9 @@ def test_what_is_not_composed_is_refused(home, tmp_path):
     other = write_adapter(tmp_path / "other", factors("q", 40, 31))
     assert "[4, 31] does not fit [2, 30] of" in refused(home / "a", other)
     assert "must have rank 9 of the config" in refused(write_adapter(tmp_path / "r", good, r=9))
+    good["q.lora_B.weight"][1, 2] = torch.inf
+    bad = write_adapter(tmp_path / "bad", good)
+    assert "q.lora_B.weight': holds NaN or infinite elements" in refused(home / "a", bad)
     assert "give one per adapter, 1, or none; got 2" in refused(home / "a", weights=(1, 2))
     assert "density must be given with method 'ties'" in refused(home / "a", method="ties")
     (tmp_path / "full").mkdir()
@@ -210,8 +226,33 @@ def test_what_cannot_be_extracted_is_refused(home, tmp_path):
     assert "tensor 'n': a scalar changed" in refused(tuned(home, tmp_path / "n", n=torch.tensor(4)))
     shape = tuned(home, tmp_path / "shape", **{"k.weight": torch.ones(21, 30)})
     assert "tensor 'k.weight' must have shape [20, 30], as in the base, got [21, 30]" in refused(shape)
+    write_model(tmp_path / "vectors", {**load(home / "base"), "norm.weight": torch.full((30,), 2.0)})
+    assert "tensor 'norm.weight': only vectors changed" in refused(tmp_path / "vectors")
+    bad = tuned(home, tmp_path / "bad", **{"k.weight": torch.full((20, 30), torch.nan)})
+    assert "tensor 'k.weight': differs from the base's by NaN or infinite elements" in refused(bad)
+    whole = tuned(home, tmp_path / "whole", **{"k.weight": torch.ones(20, 30, dtype=torch.int64)})
+    assert "tensor 'k.weight': I64 changed, which no adapter holds" in refused(whole)
     more = tuned(home, tmp_path / "more", extra=torch.ones(2))
     assert "lacks tensor 'extra'" in refused(more)
+
+
+def test_a_config_is_read_as_strictly_as_a_merge_s(home, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(home / "base", base)
+    (base / "config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"config\.json': must be a JSON object"):
+        extract(str(base), str(tuned(home, tmp_path / "tuned")), tmp_path / "out", rank=1)
+
+
+def test_ranks_belong_to_whole_paths(tmp_path):
+    """PEFT takes a name for the end of longer ones."""
+    shapes = {"fc.weight": (40, 30), "l.fc.weight": (20, 30), "z.fc.weight": (20, 30)}
+    write_model(tmp_path / "base", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    tensors = {**factors("fc", 40, 30, 2), **factors("l.fc", 20, 30, 3), **factors("z.fc", 20, 30, 3)}
+    adapter = write_adapter(tmp_path / "a", tensors, r=3, lora_alpha=3, rank_pattern={"^fc": 2})
+    compose([str(adapter)], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"] == {"^fc": 2}
+    assert merged(tmp_path, tmp_path / "merged", tmp_path / "out").keys() == shapes.keys()
 
 
 def test_experts_and_integers_have_no_form_here(tmp_path):

@@ -35,10 +35,10 @@ FLOORS = (
     ("methods",),
     ("ops",),
     ("library",),
-    ("lora_torch", "lora_cpu"),
+    ("lora_linear_torch", "lora_linear_cpu"),
     ("backends",),
     ("products",),
-    ("native", "native_lora", "cuda", "kernels", "check", "check_lora", "ref"),
+    ("native", "merge_lora_cpu", "cuda", "kernels", "check", "check_lora", "ref"),
     ("rows", "low_rank"),
     ("_C", "_cuda", "cut", "grouping"),
 )

@@ -15,7 +15,7 @@ from tests.lora_layers import assert_backward, assert_forward, kept_of, layer
 from tests.walls import Walls
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
-lora_cpu = pytest.importorskip("pykernels.lora_cpu")
+lora_linear_cpu = pytest.importorskip("pykernels.lora_linear_cpu")
 ISAS = native.isas()
 HALF = round(0.4 * 65536)
 KEY = 2**63 + 5
@@ -37,7 +37,7 @@ def isa(request):
 @pytest.fixture(autouse=True)
 def ours(monkeypatch):
     """float32 goes through our products too, which serve it where something is dropped."""
-    monkeypatch.setattr(lora_cpu, "_torch_is_faster", lambda *_: False)
+    monkeypatch.setattr(lora_linear_cpu, "_torch_is_faster", lambda *_: False)
 
 
 def nans(*shape, dtype):
@@ -50,7 +50,7 @@ def forward(c, threshold=65536):
     ranks = [a.A.shape[0] for a in c.adapters]
     out = nans(c.x.shape[0], c.weight.shape[0], dtype=c.x.dtype)
     h = nans(c.x.shape[0], max(ranks, default=0), dtype=torch.float32)
-    lora_cpu.lora_linear(out, h, *c[:5], threshold, KEY)
+    lora_linear_cpu.lora_linear(out, h, *c[:5], threshold, KEY)
     return out, h
 
 
@@ -60,7 +60,7 @@ def backward(c, h, threshold=65536):
     x, weight, *low = (nans(*t.shape, dtype=t.dtype) for t in like)
     half = len(c.adapters)
     given = (c.grad, h, c.x, c.weight, c.adapters, c.index, threshold, KEY)
-    lora_cpu.lora_linear_backward(x, weight, low[:half], low[half:], *given)
+    lora_linear_cpu.lora_linear_backward(x, weight, low[:half], low[half:], *given)
     return [x, weight, *low]
 
 
@@ -186,7 +186,7 @@ def test_nothing_outside_is_read_or_written(shape, at_end, isa):
         inside = c._replace(x=x, weight=weight, adapters=low, bias=bias, grad=grad, index=place(c.index))
         wanted, h = forward(c, HALF)
         out, low_out = place(nans(*wanted.shape, dtype=dtype)), place(nans(*h.shape, dtype=torch.float32))
-        lora_cpu.lora_linear(out, low_out, *inside[:5], HALF, KEY)
+        lora_linear_cpu.lora_linear(out, low_out, *inside[:5], HALF, KEY)
         assert_same_bits(out.clone(), wanted)
         for got, want in zip(backward(inside, low_out, HALF), backward(c, h, HALF), strict=True):
             assert_same_bits(got, want)

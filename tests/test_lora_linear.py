@@ -168,6 +168,35 @@ def test_any_number_of_dimensions(shape, backend):
         assert all(f.isfinite().all() for f in found)
 
 
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, one of two elements apart in both directions."""
+    wide = torch.full([2 * n for n in t.shape], torch.nan, dtype=t.dtype)
+    part = wide[tuple(slice(None, None, 2) for _ in t.shape)]
+    part.copy_(t)
+    return part
+
+
+def negated(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, as a view of their negatives."""
+    return torch._neg_view(-t)
+
+
+@pytest.mark.parametrize("stored", [strided, negated])
+@pytest.mark.parametrize("grouped", [False, True], ids=["one", "grouped"])
+def test_any_strides_and_negated_views(stored, grouped):
+    c, leaves = learning(layer(5, 40, 60, [3, 8] if grouped else [8], torch.bfloat16, grouped=grouped))
+    wanted = call(c)
+    grads = torch.autograd.grad(wanted, leaves, c.grad)
+    low = [ref.Factors(stored(a.A), stored(a.B), a.scaling) for a in c.adapters]
+    other = c._replace(x=stored(c.x), weight=stored(c.weight), adapters=low, bias=stored(c.bias))
+    found = call(other)
+    assert_same_bits(found, wanted)
+    for one, truth in zip(torch.autograd.grad(found, leaves, stored(c.grad)), grads, strict=True):
+        assert_same_bits(one, truth)
+    with torch.no_grad():
+        assert_same_bits(call(other), wanted)
+
+
 def test_only_what_is_asked_for():
     c, leaves = learning(layer(4, 6, 8, [2], torch.bfloat16))
     whole = torch.autograd.grad(call(c), leaves, c.grad)

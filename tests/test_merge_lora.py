@@ -16,7 +16,7 @@ from tests.cases import DTYPES, SHORT
 from tests.lora_cases import adapter, assert_merged, random, split, truth, weight
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
-native_lora = pytest.importorskip("pykernels.native_lora", exc_type=ImportError)
+merge_lora_cpu = pytest.importorskip("pykernels.merge_lora_cpu", exc_type=ImportError)
 ISAS = native.isas()
 
 SHAPES = [
@@ -43,7 +43,7 @@ def several(out: int, into: int, ranks: tuple[int, ...], **options) -> list[LoRA
 def compiled(w: torch.Tensor, adapters: list[LoRA], fan_in_fan_out: bool, dtype=None) -> torch.Tensor:
     """The compiled result; ``out`` starts as NaN."""
     out = torch.full(w.shape, math.nan, dtype=dtype or w.dtype)
-    native_lora.merge_lora(out, w, *split(adapters), fan_in_fan_out)
+    merge_lora_cpu.merge_lora(out, w, *split(adapters), fan_in_fan_out)
     return out
 
 
@@ -130,7 +130,7 @@ def test_adapters_of_any_dtype_over_any_weight(kind, isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_nothing_but_out_is_written_at_any_alignment(dtype, monkeypatch):
-    monkeypatch.setattr(native_lora, "_C", walls.Walled(native_lora._C))
+    monkeypatch.setattr(merge_lora_cpu, "_C", walls.Walled(merge_lora_cpu._C))
     for place in ("end", "start", 7):
         monkeypatch.setattr(walls, "PLACES", (place,))
         for fan in (False, True):

@@ -18,6 +18,7 @@ from pykernels.engine.files import FileError, TensorInfo, shown
 from pykernels.engine.mapped import Inputs
 from pykernels.ops.compose_lora import DENSE, compose_lora, merged_delta
 from pykernels.ops.lora import LoRA
+from pykernels.ops.low_rank_svd import Reflections
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,11 @@ def compose(
     try:
         copies = _copies(opened, inputs)
         for module, members in _modules(opened).items():
-            composed, exact = _compose(
+            composed, errors[module] = _compose(
                 [_lora(opened[i], parts, inputs) for i, parts in members],
                 [given[i] for i, _ in members],
                 (method, rank, density, seed ^ xxhash.xxh3_64_intdigest(module.encode())),
             )
-            errors[module] = _error(composed, exact)
             first = members[0][1]
             shapes = [first.tensors[part].shape for part in (A, B)]
             r = len(composed.A)
@@ -92,26 +92,40 @@ def compose(
 
 def _compose(
     loras: list[LoRA], weights: list[float], how: tuple[str, int | None, float | None, int]
-) -> tuple[LoRA, torch.Tensor]:
-    """One module's adapter, and the dense delta that it stands for."""
+) -> tuple[LoRA, float]:
+    """One module's adapter, and its error against the delta that it stands for."""
     method, rank, density, seed = how
     if rank is not None:
         rank = min(rank, len(loras[0].B), loras[0].A.shape[1])
     drawn = seed if method.startswith("dare") else None
     composed = compose_lora(loras, weights, method=method, rank=rank, density=density, seed=drawn)
+    if method not in DENSE:
+        return composed, _error_of_sum(composed, loras, weights)
     deltas = [lora.B @ (lora.A * lora.scaling) for lora in loras]
-    if method in DENSE:
-        return composed, merged_delta(method, deltas, weights, density or 0.0, seed)
-    total = torch.zeros_like(deltas[0], dtype=torch.float64)
-    for weight, delta in zip(weights, deltas, strict=True):
-        total += weight * delta
-    return composed, total
+    return composed, _error(composed, merged_delta(method, deltas, weights, density or 0.0, seed))
 
 
 def _error(composed: LoRA, exact: torch.Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
     off = composed.scaling * (composed.B.double() @ composed.A.double()) - exact
-    return float(torch.linalg.vector_norm(off)) / norm if norm else float(torch.linalg.vector_norm(off))
+    return _relative(off, exact)
+
+
+def _error_of_sum(composed: LoRA, loras: list[LoRA], weights: list[float]) -> float:
+    """Without a dense matrix, as an embedding's would be large: QR of all factors keeps norms."""
+    A = torch.cat([lora.A.double() * (lora.scaling * w) for lora, w in zip(loras, weights, strict=True)])
+    B = torch.cat([lora.B.double() for lora in loras], 1)
+    less = torch.cat([A, composed.A.double() * -composed.scaling])
+    return _relative(_core(less, torch.cat([B, composed.B.double()], 1)), _core(A, B))
+
+
+def _core(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """A small matrix of the norm of B @ A."""
+    return Reflections(B).r @ Reflections(A.t()).r.t()
+
+
+def _relative(off: torch.Tensor, exact: torch.Tensor) -> float:
+    norm, wrong = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (exact, off))
+    return wrong / norm if norm else wrong
 
 
 def _modules(adapters: Sequence[Adapter]) -> Mapping[str, list[tuple[int, Parts]]]:
@@ -162,8 +176,14 @@ def _lora(adapter: Adapter, parts: Parts, inputs: Inputs) -> LoRA:
     rank = adapter.config.rank(parts.module)
     if a.shape[0] != rank or prod(b.shape[1:]) != rank:
         _refuse(adapter, a, f"A {list(a.shape)} and B {list(b.shape)} must have rank {rank} of the config")
-    scaling = adapter.config.scaling(parts.module, rank)
-    return LoRA(inputs.matrix(a).float(), inputs.matrix(b).float(), scaling)
+    factors = [_finite(adapter, info, inputs.matrix(info).float()) for info in (a, b)]
+    return LoRA(factors[0], factors[1], adapter.config.scaling(parts.module, rank))
+
+
+def _finite(adapter: Adapter, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.isfinite().all():
+        _refuse(adapter, info, "holds NaN or infinite elements")
+    return tensor
 
 
 def _agreed(adapters: Sequence[Adapter], key: str) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pykernels.engine.header import INT64_MAX
 from pykernels.engine.shard import inside, open_regular, read_exactly
 from pykernels.engine.strict_json import FileError, shown, strict_json
 
@@ -41,6 +42,12 @@ VARIANTS: Mapping[str, str] = {
     "megatron_config": "Megatron's parallel layers name and cut their tensors otherwise",
 }
 """Switches of PEFT 0.21.2 that make an adapter something else than W + s B A, and why they are refused."""
+
+LARGEST = 2.0**127
+"""Of alphas and scalings: float32 holds them."""
+_UNITS = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
+"""Escapes and classes of a regular expression, whose signs mean something else."""
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Beginnings of initialisations that take a part out of the base: the adapter belongs to what they left."""
@@ -173,13 +180,13 @@ class _Reader:
         return value
 
     def _number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self._refuse(key, value, "must be a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            self._refuse(key, value, f"must be a finite number, of at most {LARGEST:.3g}")
         return float(value)
 
     def _rank(self, key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self._refuse(key, value, "a rank must be an integer of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= INT64_MAX:
+            self._refuse(key, value, "a rank must be an integer of at least 1, and of 64 bits")
         return int(value)
 
     def _pattern(self, key: str) -> list[tuple[str, Any]]:
@@ -191,6 +198,8 @@ class _Reader:
                 re.compile(rf"(.*\.)?({expression})$")
             except (re.error, OverflowError, RecursionError) as error:
                 self._refuse(key, expression, f"not a regular expression: {error}")
+            if _REPEATED_GROUP.search(_UNITS.sub("u", expression)):
+                self._refuse(key, expression, "repeats a group, and such a search may never end")
         return list(value.items())
 
     def _bias(self) -> str:

@@ -28,6 +28,9 @@ MOVED = (("mlp.experts", "block_sparse_moe.experts"),)
 IN_FIRST = ("gpt_oss", "aria", "openai_privacy_filter")
 """Model types that store [experts, in, out]; it only matters where in and out are equal."""
 
+MOST = 6
+"""Parameters of one module: every order of them is tried."""
+
 Changes = list[tuple[str, Change]]
 
 
@@ -49,6 +52,8 @@ def fit(
     Shapes decide; between equal ones the order in which modules define parameters.
     """
     names = parameters_of(levels[0].module, config.target_parameters)
+    if len(names) > MOST:
+        return f"{len(names)} of target_parameters are of its module, and at most {MOST} are told apart"
     order = sorted(range(len(levels)), key=lambda i: -levels[i].depth)
     fits: list[tuple[tuple[str, ...], list[Changes]]] = []
     for chosen in permutations(names, len(levels)):
@@ -100,6 +105,8 @@ def _split(
     homes = [module, *(module.removesuffix(a) + b for a, b in MOVED if module.endswith(a))]
     for home in homes:
         for parts in SPLIT.get(parameter, ()):
+            if experts * len(parts) > len(base):  # whatever a header claims, no more than that is looked at
+                continue
             names = [[f"{home}.{e}.{part}.weight" for part in parts] for e in range(experts)]
             infos = [[base.get(name) for name in row] for row in names]
             found: Changes = []

@@ -6,11 +6,9 @@ exact for small matrices, subspace iteration from a fixed start (Halko et al., 2
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -19,6 +17,7 @@ from pykernels.engine.files import Checkpoint, FileError, TensorInfo, open_check
 from pykernels.engine.layers import natural
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.matching import EMBEDDINGS
+from pykernels.engine.plan import read_config
 from pykernels.ops.low_rank_svd import truncate
 
 POSITIONS = (
@@ -55,7 +54,8 @@ def extract(base: str, tuned: str, out: str | Path, *, rank: int, allow_download
     refused by name.
 
     Raises:
-        ValueError: a FileError naming the tensor; a rank below 1; models of different tensors or shapes.
+        ValueError: a FileError naming the tensor; a config.json that is none; a rank below 1; models of
+            different tensors or shapes.
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
@@ -65,7 +65,7 @@ def extract(base: str, tuned: str, out: str | Path, *, rank: int, allow_download
     _check_same(models[0], models[1])
     inputs = Inputs({**models[0].files, **models[1].files})
     try:
-        found = _Extraction(models[0], models[1], inputs, _model_type(paths[0]))
+        found = _Extraction(models[0], models[1], inputs, str(read_config(paths[0]).get("model_type", "")))
         for name in sorted(models[0].tensors, key=natural):
             found.take(name, rank)
         return found.write(Path(out), base)
@@ -91,8 +91,9 @@ class _Extraction:
             if one is None and self._differs(base, tuned):
                 self._refuse(base, "a scalar changed, which no adapter holds")
             return
-        if not one.dtype.is_floating_point:
-            self._refuse(base, f"{base.dtype} changed, which no adapter holds")
+        for info, tensor in ((base, one), (tuned, other)):
+            if not tensor.dtype.is_floating_point:
+                self._refuse(info, f"{info.dtype} changed, which no adapter holds")
         if len(base.shape) == 1:
             self._vectors.append(name)
         elif not name.endswith(".weight") or (len(base.shape) == 3 and ".experts" in name):
@@ -106,6 +107,8 @@ class _Extraction:
         module = name.removesuffix(".weight")
         embedding = len(shape) == 2 and any(f".{name}".endswith(f".{t}") for t in (*EMBEDDINGS, *POSITIONS))
         turned = embedding or (self._turned and len(shape) == 2)
+        if not delta.isfinite().all():
+            self._refuse(self._tuned[name], "differs from the base's by NaN or infinite elements")
         wanted = delta.t().contiguous() if turned else delta
         A, B = truncate(wanted, min(rank, *wanted.shape))
         off = torch.linalg.vector_norm(wanted - B @ A, dtype=torch.float64)
@@ -134,6 +137,11 @@ class _Extraction:
                 self._made.tensors[name] = self._copy(name)
         if not self._made.tensors:
             raise FileError(f"{shown(base)}: no tensor differs, so there is no adapter to write")
+        if not self._made.ranks:
+            self._refuse(
+                self._base[self._vectors[0]],
+                "only vectors changed, and PEFT loads no adapter without a matrix",
+            )
         config = self._made.config(
             base_model_name_or_path=base,
             bias="lora_only" if biases else "none",
@@ -168,11 +176,3 @@ def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
                 f"{shown(its.file, 300)}: tensor {shown(name)} must have shape {list(info.shape)}, "
                 f"as in the base, got {list(its.shape)}"
             )
-
-
-def _model_type(path: Path) -> str:
-    try:
-        config: Mapping[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return str(config.get("model_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""

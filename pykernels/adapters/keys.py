@@ -76,10 +76,10 @@ def _stripped(info: TensorInfo) -> str:
 
 
 def _levels(module: str) -> tuple[str, int]:
-    depth = 0
-    while module.endswith(".base_layer"):
-        module, depth = module.removesuffix(".base_layer"), depth + 1
-    return module, depth
+    depth, end = 0, len(module)
+    while module.endswith(".base_layer", 0, end):  # a name may have megabytes: it is cut once
+        depth, end = depth + 1, end - len(".base_layer")
+    return module[:end], depth
 
 
 def _copied(path: str, info: TensorInfo) -> str:

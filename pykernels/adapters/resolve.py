@@ -14,6 +14,7 @@ from typing import NoReturn
 from pykernels.adapters import experts
 from pykernels.adapters.change import ADD, REPLACE, ROWS, VECTOR, Change
 from pykernels.adapters.checkpoint import Adapter
+from pykernels.adapters.config import LARGEST
 from pykernels.adapters.keys import BIAS, MAGNITUDE, TOKENS, A, B, Parts
 from pykernels.engine.files import MERGEABLE
 from pykernels.engine.shard import TensorInfo
@@ -213,7 +214,13 @@ class _Resolver:
         said = self._config.rank(parts.module)
         if rank != said:
             self._refuse(parts.tensors[A], f"has rank {rank}, r and rank_pattern of the config give {said}")
-        return self._config.scaling(parts.module, rank) * self._weight
+        return self._scaled(parts.tensors[A], self._config.scaling(parts.module, rank))
+
+    def _scaled(self, info: TensorInfo, scaling: float) -> float:
+        """The scaling with the weight of the adapter, which float32 must hold."""
+        if not abs(scaling * self._weight) <= LARGEST:
+            self._refuse(info, f"is scaled by {scaling:g} and a weight of {self._weight:g}: not in float32")
+        return scaling * self._weight
 
     def _low_rank(self, parts: Parts) -> None:
         a, b = parts.tensors[A], parts.tensors[B]
@@ -281,7 +288,7 @@ class _Resolver:
             self._found.count("parameter")
             for name, change in changes:
                 self._wanted(name, parts.tensors[A])
-                scaling = change.scaling * self._weight
+                scaling = self._scaled(parts.tensors[A], change.scaling)
                 self._found.add(name, replace(change, adapter=self._number, scaling=scaling))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ class Made:
     def config(self, **keys: Any) -> dict[str, Any]:
         """adapter_config.json with scaling 1 everywhere; ``keys`` go in as they are."""
         rank = Counter(self.ranks.values()).most_common(1)[0][0] if self.ranks else 1
-        other = {module: r for module, r in sorted(self.ranks.items()) if r != rank}
+        # "^", as PEFT takes "fc" for the end of "layer.fc" too
+        other = {f"^{re.escape(module)}": r for module, r in sorted(self.ranks.items()) if r != rank}
         return {
             "peft_type": "LORA",
             "base_model_name_or_path": None,

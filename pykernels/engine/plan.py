@@ -104,7 +104,7 @@ def _open(where: str, index: int, reference: Reference, rounding: str, allow_dow
     except FileError as e:
         beside = _models_beside(Path(name))
         raise PlanError(f"{where}: {e}" + (f"; {known(name, beside)}" if beside else "")) from None
-    model = Model(index, reference.name, open_checkpoint(path), _read_config(path))
+    model = Model(index, reference.name, open_checkpoint(path), read_config(path))
     if not reference.adapters:
         return model
     return attach(model, reference.adapters, rounding=rounding, allow_download=allow_download)
@@ -118,7 +118,8 @@ def _models_beside(path: Path) -> list[str]:
         return []
 
 
-def _read_config(model: Path) -> dict[str, Any]:
+def read_config(model: Path) -> dict[str, Any]:
+    """A model's config.json, empty where there is none. Raises PlanError where it is no JSON object."""
     path = model / "config.json"
     if not os.path.lexists(path):
         return {}

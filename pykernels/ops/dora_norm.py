@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pykernels import check
-from pykernels.ops import lora_check
+from pykernels import check, check_lora
 
 OP = "dora_norm"
 _PIECE = 1 << 22
@@ -37,7 +36,7 @@ def dora_norm(
         ValueError, TypeError, NotImplementedError (sparse weight): an argument breaks a rule above.
     """
     check.matrix(OP, "weight", weight, weight, ["out", "in"])
-    lora_check.factors(OP, ("lora_A", "lora_B"), weight, weight, lora_A, lora_B)
+    check_lora.factors(OP, ("lora_A", "lora_B"), weight, weight, lora_A, lora_B)
     s = check.number(OP, "scaling", scaling)
     kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with torch.no_grad():

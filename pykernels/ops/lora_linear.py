@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from pykernels import check, library
-from pykernels.ops import lora_check, lora_pass
+from pykernels import check, check_lora, library
+from pykernels.ops import lora_pass
 from pykernels.ops.draws import rescale_factor
 
 OP = "lora_linear"
@@ -51,10 +51,10 @@ def lora_linear(
     traced = is_compiling()
     if not traced:
         scaling = check.number(OP, "scaling", scaling)
-    threshold = lora_check.keeping(OP, dropout)
-    if traced or bias is not None or not lora_check.fits(x, weight, lora_A, lora_B):
-        lora_check.layer(OP, x, weight, bias)
-        lora_check.factors(OP, ("lora_A", "lora_B"), x, weight, lora_A, lora_B)
+    threshold = lora_pass.keeping(OP, dropout)
+    if traced or bias is not None or not check_lora.fits(x, weight, lora_A, lora_B):
+        check_lora.layer(OP, x, weight, bias)
+        check_lora.factors(OP, ("lora_A", "lora_B"), x, weight, lora_A, lora_B)
     scaling = scaling * rescale_factor(threshold, "density")
     drops = threshold < lora_pass.ALL
     if not library.needed(x, weight, lora_A, lora_B, bias):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.compiler import is_compiling
 
-from pykernels import check, library
-from pykernels.ops import lora_check, lora_pass
+from pykernels import check, check_lora, library
+from pykernels.ops import lora_pass
 from pykernels.ops.lora import LoRA
 
 OP = "lora_linear_grouped"
@@ -45,7 +45,7 @@ def lora_linear_grouped(
         ValueError, TypeError, NotImplementedError (sparse x): an argument breaks a rule above; the text names
         it and its value.
     """
-    lora_check.layer(OP, x, weight, bias)
+    check_lora.layer(OP, x, weight, bias)
     given = _examine(x, weight, adapters)
     _examine_index(x, index, len(given))
     flat = index.reshape(-1)
@@ -61,12 +61,12 @@ def _examine(x: torch.Tensor, weight: torch.Tensor, adapters: Sequence[LoRA]) ->
     if isinstance(adapters, torch.Tensor | LoRA) or not isinstance(adapters, Sequence):
         raise TypeError(f"{OP}: adapters must be a sequence of LoRA, got {type(adapters).__name__}")
     for i, adapter in enumerate(adapters):
-        if not is_compiling() and _everyday(adapter) and lora_check.fits(x, weight, *adapter[:2]):
+        if not is_compiling() and _everyday(adapter) and check_lora.fits(x, weight, *adapter[:2]):
             continue
         name = f"adapters[{i}]"
         if not isinstance(adapter, LoRA):
             raise TypeError(f"{OP}: {name} must be a LoRA, got {type(adapter).__name__}")
-        lora_check.factors(OP, (f"{name}.A", f"{name}.B"), x, weight, adapter.A, adapter.B)
+        check_lora.factors(OP, (f"{name}.A", f"{name}.B"), x, weight, adapter.A, adapter.B)
         if not is_compiling():
             check.number(OP, f"{name}.scaling", adapter.scaling)
         if adapter.magnitude is not None:

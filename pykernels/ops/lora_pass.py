@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from pykernels import backends, library
+from pykernels import backends, check, library
+from pykernels.ops.draws import STEPS
 
-ALL = 65536
+ALL = STEPS
 """The threshold of 16-bit draws at which dropout drops nothing."""
 OPERATOR = "lora_linear"
 
@@ -55,6 +56,16 @@ def operator(
     call = getattr(torch.ops.pykernels, OPERATOR)
     result: torch.Tensor = call(x, weight, lora_a, lora_b, scaling, index, bias, threshold, seed)[0]
     return result
+
+
+def keeping(op: str, dropout: float) -> int:
+    """How many of the 65536 values of a draw keep an element."""
+    if dropout == 0.0 and type(dropout) is float:
+        return ALL
+    p = check.number(op, "dropout", dropout)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: dropout must lie in [0, 1], got {p}")
+    return round((1.0 - p) * ALL)
 
 
 def examine_values(op: str, index: torch.Tensor, count: int) -> None:

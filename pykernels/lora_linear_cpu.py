@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import torch
 
-from pykernels import lora_torch, products
-from pykernels.lora_torch import ALL, Adapter
+from pykernels import lora_linear_torch, products
+from pykernels.lora_linear_torch import ALL, Adapter
 
 Segments = list[tuple[int, int]]
 
@@ -31,7 +31,10 @@ def lora_linear(
 ) -> None:
     """out [M, N] = x [M, K] W^T + s h B^T + bias, and h [M, ranks] = (x without what is dropped) A^T."""
     if _torch_is_faster(x, threshold):
-        return lora_torch.lora_linear(out, h, x, weight, adapters, index, bias, threshold, key)
+        return lora_linear_torch.lora_linear(out, h, x, weight, adapters, index, bias, threshold, key)
+    weight, adapters = _stored(weight, adapters)
+    if bias is not None:
+        bias = bias.resolve_neg().contiguous()
     rows, segments = _sorted(index, len(adapters), x.shape[0])
     drop = (threshold, key, x.shape[1])
     products.shrink(h, x, rows, segments, [a.t() for a, _, _ in adapters], drop)
@@ -55,9 +58,10 @@ def lora_linear_backward(
 ) -> None:
     """Fills the gradients that are asked for."""
     if _torch_is_faster(x, threshold):
-        return lora_torch.lora_linear_backward(
+        return lora_linear_torch.lora_linear_backward(
             by_x, by_weight, by_a, by_b, grad, h, x, weight, adapters, index, threshold, key
         )
+    weight, adapters = _stored(weight, adapters)
     rows, segments = _sorted(index, len(adapters), x.shape[0])
     drop = (threshold, key, x.shape[1])
     if by_weight is not None:
@@ -79,6 +83,11 @@ def lora_linear_backward(
 
 def _torch_is_faster(x: torch.Tensor, threshold: int) -> bool:
     return x.dtype == torch.float32 and threshold == ALL
+
+
+def _stored(weight: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, Sequence[Adapter]]:
+    """Kernels read what is in memory, of any strides, and a negated view is not."""
+    return weight.resolve_neg(), [(a.resolve_neg(), b.resolve_neg(), s) for a, b, s in adapters]
 
 
 def _sorted(index: torch.Tensor | None, adapters: int, m: int) -> tuple[torch.Tensor | None, Segments]:
