@@ -46,9 +46,9 @@ types: .venv/ready
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The CUDA kernels on the host, for tests.
+# The CUDA kernels on the host, for tests. Under PYKERNELS_EMULATED=1 .venv/ready has built them with the rest.
 .venv/emulated: .venv/ready
-	PYKERNELS_EMULATED=1 $(BIN)/python -m pip install -c constraints.txt --no-deps -e .
+	$(if $(filter 1,$(PYKERNELS_EMULATED)),,PYKERNELS_EMULATED=1 $(BIN)/python -m pip install -c constraints.txt --no-deps -e .)
 	touch $@
 
 clean:
