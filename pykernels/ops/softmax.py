@@ -32,8 +32,8 @@ def softmax(
     Without options a drop-in for ``torch.softmax``, special values included, within 5 units in the last
     place, tested to rows of 10^8 elements (Dukhan and Ablavatski, 2020, is where the passes come from). The
     bits of a row depend on its content and length alone, on a GPU on the architecture too, and with Triton
-    beyond 4096 elements on whether its elements are neighbours in memory. Computed in float32 (float64 for float64), rounded
-    once.
+    beyond 4096 elements on whether its elements are neighbours in memory. Computed in float32 (float64 for
+    float64), rounded once.
 
     Args:
         x: tensor [*S] of any strides: float32, bfloat16, float16 or float64, or what ``dtype`` makes of it.
