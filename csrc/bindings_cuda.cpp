@@ -1,4 +1,4 @@
-// The only file of the CUDA module that knows pybind11: addresses, sizes and codes in, nothing of torch.
+// The CUDA module for Python: addresses, sizes and codes in, nothing of torch.
 // The same text binds the emulated kernels, whose addresses are the host's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +7,7 @@
 #include <array>
 #include <cstring>
 
+#include "bindings_cuda_lora.h"
 #include "cuda/kernels.h"
 #include "cuda/softmax.h"
 
@@ -257,6 +258,7 @@ PYBIND11_MODULE(PK_MODULE, m) {
         const OnDevice here(device);
         softmax_backward(job, at<void>(scratch), device, at_stream(stream));
       });
+  pk::add_lora(m);
   m.def("memory", &memory);
   m.def("unavailable", &unavailable);
 #ifdef PK_EMULATED
