@@ -259,6 +259,7 @@ PYBIND11_MODULE(PK_MODULE, m) {
         softmax_backward(job, at<void>(scratch), device, at_stream(stream));
       });
   pk::add_lora(m);
+  pk::add_lora_rows(m);
   m.def("memory", &memory);
   m.def("unavailable", &unavailable);
 #ifdef PK_EMULATED

@@ -5,5 +5,7 @@
 namespace pk {
 
 void add_lora(pybind11::module_& module);
+/// Of linear layers.
+void add_lora_rows(pybind11::module_& module);
 
 }  // namespace pk

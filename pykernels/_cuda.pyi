@@ -62,6 +62,47 @@ class SoftmaxBackward:
     def scratch(self, device: int) -> int: ...
     def run(self, device: int, stream: int, scratch: int) -> None: ...
 
+_Matrix = tuple[int, int, int, int]
+
+class LoraRows:
+    def __init__(
+        self,
+        out: int,
+        out_dtype: int,
+        low: int,
+        low_step: int,
+        bias: int,
+        x: _Matrix,
+        m: int,
+        k: int,
+        n: int,
+        adapters: list[tuple[int, _Matrix, _Matrix, float]],
+        places: tuple[int, int, int, int],
+        drop: tuple[int, int, int, int],
+    ) -> None: ...
+    def scratch(self, device: int) -> int: ...
+    def run(self, device: int, stream: int, scratch: int) -> None: ...
+
+class LoraReduce:
+    def __init__(
+        self,
+        a: _Matrix,
+        low: int,
+        low_step: int,
+        m: int,
+        n: int,
+        sinks: list[tuple[int, _Matrix, float]],
+        places: tuple[int, int, int, int],
+        drop: tuple[int, int, int, int],
+    ) -> None: ...
+    def scratch(self, device: int) -> int: ...
+    def run(self, device: int, stream: int, scratch: int) -> None: ...
+
+def lora_by_warp(rows: int, rank: int) -> bool: ...
+def lora_table_words(rows: int, adapters: int, rank: int) -> int: ...
+def lora_deal(
+    table: int, index: int, step: int, rows: int, adapters: int, rank: int, device: int, stream: int
+) -> None: ...
 def table_bytes(jobs: list[Job]) -> int: ...
 def kth_scratch(numel: int, n: int) -> int: ...
 def linear_merge(jobs: list[Job], dtype: int, device: int, stream: int, table: int) -> None: ...

@@ -66,6 +66,7 @@ TABLE["merge_lora"] = {
 TABLE |= {
     op: {
         "cpu": f"pykernels.lora_linear_cpu:{op}",
+        "cuda": f"pykernels.lora_linear_cuda:{op}",
         "torch": f"pykernels.lora_linear_torch:{op}",
         "ref": f"pykernels.ref.lora_blocks:{op}",
     }

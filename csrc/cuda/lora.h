@@ -2,6 +2,7 @@
 #pragma once
 #include "device.h"
 #include "jobs.h"
+#include "kernels.h"
 
 namespace pk::cuda {
 
@@ -42,13 +43,14 @@ struct Adapter {
 
 /// Everything one adapter or each row's own adds to a layer: out = bias + scale (x down^T) up^T.
 struct LoraRows {
-  void* out;  // [m, n], contiguous; null: only `low` is wanted
-  float* low; // [m, low_step]: x down^T
+  void* out;   // [m, n], contiguous; null: only `low` is wanted
+  float* low;  // [m, low_step]: x down^T
   const void* bias;
   Matrix x;
   int64_t low_step, m, k, n;
   int out_dtype, out_alignment;  // of bias too
   int rank;                      // the largest
+  bool native;                   // all adapters have x's dtype
   Dropout drop;
   Places places;
   const Adapter* many;  // in the device's memory; null: `few`
@@ -76,12 +78,17 @@ struct LoraReduce {
 };
 static_assert(sizeof(LoraRows) < 3800 && sizeof(LoraReduce) < 3800, "kernel parameters end at 4 KiB");
 
+PK_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 /// Rows of a tile, which has one adapter: as many as have room in shared memory.
 PK_HD int tile_rows_of(int64_t m, int rank) {
   return m < 1024 && rank <= 256 ? 32 : rank <= 128 ? 64 : rank <= 256 ? 32 : 16;
 }
 /// Rows of a chunk, whose sum is one number per element of a gradient.
-PK_HD int64_t chunk_rows_of(int64_t m) { return m <= 32 * 64 ? 64 : (m + 2047) / 2048 * 64; }
+PK_HD int64_t chunk_rows_of(int64_t m) { return (m ? divide_up(m, 32 * 64) : 1) * 64; }
+
+/// Whether every warp finds a tile's rows by itself: an index of so few rows needs no table.
+PK_HD bool by_warp(int64_t m, int rank) { return m <= kByWarp && m <= tile_rows_of(m, rank); }
 
 /// Rows in the order of their adapters, and the lists of tiles and of chunks of rows that share one: int64
 /// words. Buckets are the adapters, then -1, then values that mean nothing.
@@ -92,7 +99,7 @@ struct DealtRows {
     rows[1] = chunk_rows_of(m);
     for (int s = 0; s < 2; s++) most[s] = m / rows[s] + buckets < m ? m / rows[s] + buckets : m;
   }
-  PK_HD int64_t counts() const { return m; }  // [buckets][32 warps]; afterwards where each begins
+  PK_HD int64_t counts() const { return m; }  // [buckets][32 warps]
   PK_HD int64_t before(int s) const { return counts() + 32 * buckets + s * (buckets + 1); }
   PK_HD int64_t list(int s) const { return before(2) + (s ? 3 * most[0] : 0); }  // bucket, first, count
   PK_HD int64_t words() const { return list(1) + 3 * most[1]; }

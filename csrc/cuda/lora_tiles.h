@@ -55,7 +55,8 @@ __device__ inline Tile find_rows(const Places& places, const DealtRows& dealt, i
     first = entry[1], count = entry[2];
   }
   first += skip, count -= skip;
-  if (thread < most && thread < count) rows[thread] = places.table ? places.table[first + thread] : first + thread;
+  if (thread < most && thread < count)
+    rows[thread] = places.table ? places.table[first + thread] : first + thread;
   return {int(adapter), int(count < most ? count < 0 ? 0 : count : most)};
 }
 

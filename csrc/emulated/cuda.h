@@ -322,5 +322,13 @@ template <class V>
 void __stcs(V* place, V value) {
   *place = value;
 }
+inline void __syncwarp() { pk::emulated::block.exchange(0); }
+inline unsigned __match_any_sync(unsigned, int value) {
+  const uint64_t* all = pk::emulated::block.exchange(uint64_t(value));
+  unsigned bits = 0;
+  for (int lane = 0; lane < pk::emulated::kWarp; lane++)
+    bits |= unsigned(all[lane] == uint64_t(value)) << lane;
+  return bits;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
