@@ -141,7 +141,8 @@ def _reduce(
     """to [r, n] = s * the sum over an adapter's rows of low[row]^T a[row], for every adapter."""
     nothing = (0, 0, 0, 0)
     sinks = [
-        (f.shape[0], nothing if t is None else _matrix(t), s) for (f, _, s), t in zip(adapters, to, strict=True)
+        (f.shape[0], nothing if t is None else _matrix(t), s)
+        for (f, _, s), t in zip(adapters, to, strict=True)
     ]
     call = _cuda.LoraReduce(_matrix(a), low.data_ptr(), low.stride(0), *a.shape, sinks, places.packed(), drop)
     _run(op, call, a)
@@ -160,7 +161,8 @@ def _launch(op: str, launch: Callable[[], None], like: torch.Tensor) -> None:
         launch()
     except RuntimeError as error:
         raise RuntimeError(
-            f"{op}: launch on {like.device} for a {like.dtype} tensor of shape {list(like.shape)} failed: {error}"
+            f"{op}: launch on {like.device} for a {like.dtype} tensor of shape {list(like.shape)} failed: "
+            f"{error}"
         ) from None
 
 

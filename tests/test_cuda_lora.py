@@ -1,0 +1,388 @@
+"""CUDA's kernels of LoRA's linear layers: the CPU kernels' cases, with clusters of blocks and without.
+
+Without a device they run emulated, where a block's share can be made small, so that clusters form,
+and where blocks and threads run in reverse.
+
+The bound, in roundings of 2^-24: a product of tensor cores is off by 22 of the largest of what it adds (kCut
+in csrc/cuda/mma.h), there are at most 6 to 16 terms of a sum, and the sums of at most 8 warps and 8 blocks
+are added one after another. Parts of numbers leave out 8 of a product (kLeftOut), two parts of three 512.
+What an adapter adds is rounded to the result's dtype before the frozen product, torch's, is added to it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+import pykernels as pk
+from pykernels import backends
+from pykernels.ref import lora_linear as ref
+from pykernels.ref.lora_linear import Factors
+from tests.bounds import U, assert_same_bits, half_ulp
+from tests.cases import DTYPES, SHORT
+from tests.lora_layers import kept_of, layer, sizes
+from tests.walls import Walls
+from tests.where import DEVICE, EMULATED, there
+
+cuda = pytest.importorskip("pykernels.lora_linear_cuda", exc_type=ImportError)
+if backends.missing("cuda"):
+    pytest.skip("no device, and no emulated kernels", allow_module_level=True)
+
+HALF, ALL = round(0.4 * 65536), 65536
+KEY = 2**63 + 5
+SHARED = 227 << 10
+DEALS = {"default": (512, 128, True), "clusters": (32, 12, True), "no clusters": (32, 12, False)}
+"""Columns up to which a block takes x and the result alone, blocks that a launch should have, clusters."""
+SHAPES = [
+    (1, 1, 1, "default"), (1, 129, 257, "clusters"), (16, 33, 31, "default"), (17, 8, 128, "no clusters"),
+    (31, 32, 33, "clusters"), (33, 130, 65, "clusters"), (65, 24, 129, "default"), (5, 513, 24, "default"),
+]  # fmt: skip
+"""Sides of: tiles of products (8, 16), a chunk of columns (32), a tile of rows (32), draws (128), a block's
+columns (512 in the gradients), staged rows (64)."""
+
+
+@pytest.fixture(autouse=True)
+def deal(request):
+    """How work is dealt in a test that says so, put back afterwards."""
+    if not EMULATED:
+        yield
+        return
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    dealt(given.get("where") or (given["shape"][3] if "shape" in given else "default"))
+    yield
+    dealt("default")
+    cuda._cuda.reverse(False)
+
+
+def dealt(where: str) -> None:
+    """Deal work so from now on; the true way on a device."""
+    if EMULATED:
+        block, blocks, clusters = DEALS[where]
+        cuda._cuda.lora_regimes(block, blocks)
+        cuda._cuda.regimes(96 << 10, 208 << 10, 32768, 4096, 1024, clusters, SHARED)
+
+
+def nans(*shape, dtype):
+    """A result that shows what was not written."""
+    return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
+
+
+def put(c):
+    """The case on the device."""
+    adapters = [Factors(there(a.A), there(a.B), a.scaling) for a in c.adapters]
+    return c._replace(
+        adapters=adapters, **{k: there(v) for k, v in c._asdict().items() if isinstance(v, torch.Tensor)}
+    )
+
+
+def forward(c, threshold=ALL):
+    """(out, h) of the kernels; rows of h without an adapter hold zeros, as the op has them."""
+    rank = max((a.A.shape[0] for a in c.adapters), default=0)
+    out, h = (
+        nans(c.x.shape[0], c.weight.shape[0], dtype=c.x.dtype),
+        nans(c.x.shape[0], rank, dtype=torch.float32),
+    )
+    if c.index is not None:
+        h.zero_()
+    cuda.lora_linear(out, h, *put(c)[:5], threshold, KEY)
+    return out, h
+
+
+def backward(c, h, threshold=ALL, *, weight=False):
+    """All gradients of the kernels, as one list; that of the weight is torch's and seldom asked for."""
+    like = [c.x, c.weight, *(a.A for a in c.adapters), *(a.B for a in c.adapters)]
+    x, w, *low = (nans(*t.shape, dtype=t.dtype) for t in like)
+    half, on = len(c.adapters), put(c)
+    given = (on.grad, h, on.x, on.weight, on.adapters, on.index, threshold, KEY)
+    cuda.lora_linear_backward(x, w if weight else None, low[:half], low[half:], *given)
+    return [x, w, *low]
+
+
+def products(terms: int) -> int:
+    """Roundings of a sum of so many products by tensor cores."""
+    return 22 * 6 * -(-terms // 16) + 16 + 8
+
+
+def assert_near(got, truth, size, roundings, first=None):
+    """Within g size and half a unit, and another half where ``first`` was rounded before the rest came."""
+    room = roundings * U / (1 - roundings * U) * size
+    allowed = room + half_ulp(truth.abs() + room, got.dtype) + 1e-38
+    if first is not None:
+        allowed = allowed + half_ulp(first.abs() + room, got.dtype) * 1.01
+    off = (got.cpu().double() - truth).abs()
+    bad = ~(off <= allowed)
+    assert not bad.any(), (
+        f"{int(bad.sum())} of {bad.numel()} elements, up to {float((off / allowed).max()):.3g} of it"
+    )
+
+
+def check_forward(out, c, kept):
+    """``out`` within the bound."""
+    big, frozen = sizes(c, kept), c._replace(adapters=[], bias=None)
+    truth = ref.lora_linear(*c[:5], kept)
+    rank = max((a.A.shape[0] for a in c.adapters), default=0)
+    count = products(c.x.shape[1]) + products(rank) + 512 + 5 + c.x.shape[1]
+    assert_near(
+        out, truth, ref.lora_linear(*big[:5], kept), count, truth - ref.lora_linear(*frozen[:5], kept)
+    )
+
+
+def check_backward(found, c, kept):
+    """Gradients (x, not looked at the weight's, A of each, B of each) within their bounds."""
+    truth, big = ref.lora_linear_backward(c.grad, *c[:4], kept), sizes(c, kept)
+    size = ref.lora_linear_backward(big.grad, *big[:4], kept)
+    rank, (m, n), k = max((a.A.shape[0] for a in c.adapters), default=0), c.grad.shape, c.x.shape[1]
+    plain = truth.x - c.grad.double() @ c.weight.double()
+    assert_near(found[0], truth.x, size.x, products(n) + products(rank) + 512 + 5 + n, plain)
+    low, many = found[2:], len(c.adapters)
+    for got, wanted, room in zip(low[:many], truth.A, size.A, strict=True):
+        assert_near(got, wanted, room, products(m) + products(n) + 512 + m // 64 + 4)
+    for got, wanted, room in zip(low[many:], truth.B, size.B, strict=True):
+        assert_near(got, wanted, room, products(m) + products(k) + 512 + m // 64 + 4)
+
+
+def check(c, threshold=ALL):
+    """Forward and backward within their bounds."""
+    kept = kept_of(c.x, threshold, KEY)
+    out, h = forward(c, threshold)
+    check_forward(out, c, kept)
+    check_backward(backward(c, h, threshold), c, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_the_bound(shape, dtype):
+    check(layer(*shape[:3], [1], dtype, bias=False))
+    check(layer(*shape[:3], [17], dtype, low=torch.float32), HALF)
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16, 33, 64, 65, 129, 257, 512])
+def test_any_rank(rank):
+    check(layer(3 if rank < 257 else 18, 12, 20, [rank], torch.bfloat16), HALF)
+
+
+def test_beyond_the_largest_rank_torch_serves():
+    c = layer(3, 12, 20, [513], torch.bfloat16)
+    out, h = forward(c, HALF)
+    found = backward(c, h, HALF)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "lora_linear", cuda.lora_linear_torch.lora_linear)
+        patch.setattr(cuda, "lora_linear_backward", cuda.lora_linear_torch.lora_linear_backward)
+        wanted, low = forward(c, HALF)
+        truth = backward(c, low, HALF)
+    assert_same_bits(out, wanted)
+    for got, want in zip(found, truth, strict=True):
+        assert_same_bits(got.nan_to_num(7), want.nan_to_num(7))
+
+
+@pytest.mark.parametrize("m", [1030, 2050])
+def test_many_rows(m):
+    """Tiles of 64 rows, chunks of 128; rows of x that begin anywhere among the draws."""
+    check(layer(m, 9, 11, [3], torch.bfloat16), HALF)
+
+
+@pytest.mark.parametrize("where", DEALS)
+@pytest.mark.parametrize(
+    ("m", "dtype"),
+    [(1, DTYPES[1]), (2, DTYPES[0]), (32, DTYPES[1]), (33, DTYPES[2]), (150, DTYPES[1])],
+    ids=str,
+)
+def test_each_row_its_adapter(m, dtype, where):
+    check(layer(m, 50, 70, [4, 1, 33, 7], dtype, grouped=True, seed=m))
+
+
+def test_more_adapters_than_travel_with_a_launch():
+    for m in (20, 90):
+        check(layer(m, 10, 30, [1, 3] * 20, torch.bfloat16, grouped=True))
+
+
+def test_a_large_rank_leaves_no_room_for_many_rows():
+    c = layer(20, 12, 20, [300, 2], torch.bfloat16, grouped=True)
+    check(c._replace(index=torch.tensor([0] * 17 + [1, -1, 0])))
+
+
+def test_adapters_without_rows_and_rows_without_adapters():
+    c = layer(40, 20, 30, [3, 5, 2], torch.bfloat16, grouped=True)
+    for m in (9, 40):
+        few = c._replace(x=c.x[:m], grad=c.grad[:m])
+        for index in ([-1] * m, [1] * m, [2, -1, 2, 2] + [0] * (m - 4)):
+            check(few._replace(index=torch.tensor(index)))
+        check(few._replace(adapters=[], index=torch.full((m,), -1)))
+
+
+@pytest.mark.parametrize("m", [9, 40])
+def test_what_names_no_adapter_becomes_nan(m):
+    c = layer(m, 20, 30, [3, 5], torch.bfloat16, grouped=True)
+    c.index[:4] = torch.tensor([2, -2, 2**40, -(2**62)])
+    out, h = forward(c)
+    by_x, _, *low = backward(c, h)
+    rest = c._replace(x=c.x[4:], index=c.index[4:], grad=c.grad[4:])
+    assert out[:4].isnan().all() and by_x[:4].isnan().all()
+    check_forward(out[4:], rest, None)
+    check_backward([by_x[4:], None, *low], rest, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.skipif(not EMULATED, reason="only the emulation runs backwards or without clusters")
+def test_bits_depend_neither_on_the_order_of_threads_nor_on_clusters(m, dtype):
+    c = layer(m, 70, 140, [17, 3], dtype, grouped=True)
+    everything = []
+    for where, reverse in (("clusters", False), ("clusters", True), ("no clusters", True)):
+        dealt(where)
+        cuda._cuda.reverse(reverse)
+        out, h = forward(c, HALF)
+        everything.append([out, *backward(c, h, HALF)])
+    for other in everything[1:]:
+        for i, (got, wanted) in enumerate(zip(other, everything[0], strict=True)):
+            if i != 2:
+                assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("k", [128, 77])
+def test_what_is_dropped_is_gone_and_only_that(k):
+    c = layer(5, 30, k, [3], torch.bfloat16)
+    kept = kept_of(c.x, HALF, KEY)
+    x = torch.where(kept, c.x, math.nan)
+    low = forward(c._replace(x=x), HALF)[1]
+    assert_same_bits(low, forward(c, HALF)[1])
+    zero = c._replace(weight=torch.zeros_like(c.weight))
+    by_x, _, by_a, _ = backward(zero._replace(x=x), low, HALF)
+    assert torch.equal(by_x.cpu() != 0, kept) and by_a.isfinite().all()
+    assert bool((forward(c, 0)[1] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_any_strides(dtype):
+    for m in (2, 20):
+        c = layer(m, 30, 40, [5], dtype)
+        h = forward(c, HALF)[1]
+        wanted = backward(c, h, HALF)
+        wide = nans(m, 80, dtype=dtype).cpu()
+        wide[:, ::2] = c.x
+        a, b, s = c.adapters[0]
+        for x, turn in ((c.x.t().contiguous().t(), True), (wide[:, ::2], False)):
+            low = [Factors(a.t().contiguous().t(), b.t().contiguous().t(), s)] if turn else c.adapters
+            grad = c.grad.t().contiguous().t() if turn else c.grad
+            other = c._replace(x=x, adapters=low, grad=grad, weight=c.weight.t().contiguous().t())
+            got, other_h = forward(other, HALF)
+            check_forward(got, c, kept_of(c.x, HALF, KEY))
+            assert_same_bits(other_h, h)
+            for one, truth in zip(backward(other, h, HALF)[2:], wanted[2:], strict=True):
+                assert_same_bits(one, truth)
+
+
+def test_special_values_come_through():
+    c = layer(6, 40, 50, [3], torch.bfloat16)
+    c.x[1, 7], c.x[2, 3], c.bias[5] = math.nan, math.inf, -math.inf
+    out = forward(c)[0].cpu()
+    assert out[1].isnan().all() and not out[2].isfinite().any()
+    for row in (0, 3, 4, 5):
+        assert out[row, 5] == -math.inf and out[row, :5].isfinite().all()
+
+
+@pytest.mark.memory
+@pytest.mark.skipif(not EMULATED, reason="walls stand in the host's memory")
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("where", DEALS)
+def test_nothing_outside_is_read_or_written(where, at_end):
+    walls = Walls()
+
+    def place(tensor):
+        return walls.place(tensor.reshape(-1), at_end=at_end).view(tensor.shape)
+
+    for m, n, k, dtype in (
+        (2, 33, 41, torch.float16),
+        (40, 33, 41, torch.bfloat16),
+        (7, 64, 128, torch.bfloat16),
+    ):
+        c = layer(m, n, k, [5, 3], dtype, grouped=True)
+        inside = c._replace(
+            x=place(c.x), bias=place(c.bias), grad=place(c.grad), index=place(c.index),
+            adapters=[Factors(place(a.A), place(a.B), a.scaling) for a in c.adapters],
+        )  # fmt: skip
+        wanted, h = forward(c, HALF)
+        out, low_out = place(nans(*wanted.shape, dtype=dtype)), place(torch.zeros_like(h))
+        cuda.lora_linear(out, low_out, *inside[:5], HALF, KEY)
+        assert_same_bits(out.clone(), wanted)
+        found = [
+            place(nans(*t.shape, dtype=dtype))
+            for t in (c.x, *(a.A for a in c.adapters), *(a.B for a in c.adapters))
+        ]
+        given = (inside.grad, low_out, inside.x, inside.weight, inside.adapters, inside.index, HALF, KEY)
+        cuda.lora_linear_backward(found[0], None, found[1:3], found[3:], *given)
+        by_x, _, *low = backward(c, h, HALF)
+        for got, want in zip(found, [by_x, *low], strict=True):
+            assert_same_bits(got.clone(), want)
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.skipif(not EMULATED, reason="torch's own products want whole elements on a device")
+def test_any_byte_alignment(shift):
+    def moved(tensor):
+        memory = torch.zeros(tensor.nbytes + 128, dtype=torch.uint8)
+        start = -memory.data_ptr() % 64 + shift
+        memory[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+        view = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        return view.view(tensor.shape)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        c = layer(3, 40, 136, [4], dtype)
+        a, b, s = c.adapters[0]
+        h = forward(c)[1]
+        other = c._replace(
+            x=moved(c.x), adapters=[Factors(moved(a), moved(b), s)], bias=moved(c.bias), grad=moved(c.grad)
+        )
+        got, low = forward(other)
+        assert_same_bits(low, h)
+        check_forward(got, c, None)
+        for one, truth in zip(backward(other, h)[2:], backward(c, h)[2:], strict=True):
+            assert_same_bits(one, truth)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one", "grouped"])
+def test_through_the_ops(grouped):
+    """Values, gradients, what is asked for alone, and any number of dimensions."""
+    c = layer(6, 40, 60, [3, 8] if grouped else [8], torch.bfloat16, grouped=grouped)
+    on = put(c)
+    x, weight, bias = (t.clone().requires_grad_() for t in (on.x, on.weight, on.bias))
+    low = [
+        pk.LoRA(a.A.clone().requires_grad_(), a.B.clone().requires_grad_(), a.scaling) for a in on.adapters
+    ]
+
+    def call(x):
+        if grouped:
+            return pk.lora_linear_grouped(x, weight, low, on.index.view(x.shape[:-1]), bias=bias)
+        return pk.lora_linear(x, weight, low[0].A, low[0].B, scaling=low[0].scaling, bias=bias)
+
+    with pk.use_backend("cuda"):
+        y = call(x)
+        leaves = [x, weight, *(a.A for a in low), *(a.B for a in low)]
+        found = torch.autograd.grad(y, leaves, on.grad, retain_graph=True)
+        only = torch.autograd.grad(y, [low[0].A], on.grad, retain_graph=True)[0]
+        with torch.no_grad():
+            assert_same_bits(call(on.x.view(2, 3, 60)), y.detach().view(2, 3, 40))
+    check_forward(y.detach(), c, None)
+    check_backward(found, c, None)
+    assert_near(found[1], c.grad.double().T @ c.x.double(), c.grad.double().abs().T @ c.x.double().abs(), 6)
+    assert_same_bits(only, found[2])
+
+
+def test_a_failed_launch_names_op_shape_and_error(monkeypatch):
+    class Refuses:
+        def __init__(self, *given):
+            pass
+
+        def scratch(self, device):
+            return 0
+
+        def run(self, *given):
+            raise RuntimeError("cudaErrorLaunchFailure: unspecified launch failure")
+
+    monkeypatch.setattr(cuda._cuda, "LoraRows", Refuses)
+    text = r"lora_linear: launch on .* torch.bfloat16 tensor of shape [3, 20] failed: cudaErrorLaunch"
+    with pytest.raises(RuntimeError, match=re.escape(text).replace(r"\.\*", ".*")):
+        forward(layer(3, 8, 20, [2], torch.bfloat16))
