@@ -27,12 +27,12 @@ Call = _cuda.LoraRows | _cuda.LoraReduce
 class _Places(NamedTuple):
     """Each row's adapter, and the table of rows sorted by it."""
 
-    index: torch.Tensor | None
+    named: torch.Tensor | None
     table: torch.Tensor | None
     adapters: int
 
     def packed(self) -> tuple[int, int, int, int]:
-        index = (0, 0) if self.index is None else (self.index.data_ptr(), self.index.stride(0))
+        index = (0, 0) if self.named is None else (self.named.data_ptr(), self.named.stride(0))
         return *index, 0 if self.table is None else self.table.data_ptr(), self.adapters
 
 
@@ -120,7 +120,8 @@ def _add(
         low.stride(0),
         0 if bias is None else bias.data_ptr(),
         _matrix(x),
-        *x.shape,
+        x.shape[0],
+        x.shape[1],
         n,
         adapters,
         places.packed(),
@@ -144,7 +145,8 @@ def _reduce(
         (f.shape[0], nothing if t is None else _matrix(t), s)
         for (f, _, s), t in zip(adapters, to, strict=True)
     ]
-    call = _cuda.LoraReduce(_matrix(a), low.data_ptr(), low.stride(0), *a.shape, sinks, places.packed(), drop)
+    m, n = a.shape
+    call = _cuda.LoraReduce(_matrix(a), low.data_ptr(), low.stride(0), m, n, sinks, places.packed(), drop)
     _run(op, call, a)
 
 

@@ -81,21 +81,21 @@ struct Split {
   template <int n>
   __device__ static __forceinline__ void load(Words<kMostParts, n>& words, const Matrix& m, int64_t row,
                                               int64_t col, int64_t end, unsigned kept = ~0u) {
-    if (m.dtype == kF32)
-      put<float, n>(words, m, row, col, end, kept);
-    else if (m.dtype == kBF16)
-      put<bf16, n>(words, m, row, col, end, kept);
-    else
-      put<f16, n>(words, m, row, col, end, kept);
+    if (m.dtype == kF32) {
+      const Raw<float, n> raw = load_row<float, n>(m, row, col, end, kept);
+#pragma unroll
+      for (int i = 0; i < n; i += 2) put_parts(words, i / 2, raw.x[i], raw.x[i + 1]);
+    } else {
+      const Raw<bf16, n> raw = load_row<bf16, n>(m, row, col, end, kept);
+#pragma unroll
+      for (int i = 0; i < n; i += 2)
+        put_parts(words, i / 2, widen_as(m.dtype, raw.x[i].bits), widen_as(m.dtype, raw.x[i + 1].bits));
+    }
   }
 
  private:
-  template <class T, int n>
-  __device__ static __forceinline__ void put(Words<kMostParts, n>& words, const Matrix& m, int64_t row,
-                                             int64_t col, int64_t end, unsigned kept) {
-    const Raw<T, n> raw = load_row<T, n>(m, row, col, end, kept);
-#pragma unroll
-    for (int i = 0; i < n; i += 2) put_parts(words, i / 2, widen(raw.x[i]), widen(raw.x[i + 1]));
+  __device__ static __forceinline__ float widen_as(int dtype, uint16_t bits) {
+    return dtype == kBF16 ? widen(bf16{bits}) : widen(f16{bits});
   }
 };
 

@@ -135,7 +135,6 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocks)
     if (job.drop.side == kRead)
       draw(room.kept, room.rows, tile.count, col0, kColumns, job.drop, int(threadIdx.x), kThreads);
     __syncthreads();
-#pragma unroll 2
     for (int step = 0; step * kStep < tile.count; step++)
       reduce_step<Kind>(sum, job, room, step, col0, col, ranks);
     __syncthreads();
@@ -203,8 +202,7 @@ void lora_reduce(const LoraReduce& job, void* scratch, int, cudaStream_t stream)
     launch_reduce<Native<bf16>>(job, deal, stream);
   else
     launch_reduce<Split>(job, deal, stream);
-  const int64_t blocks =
-      divide_up(job.rank * job.n, kThreads) * (job.places.index ? job.places.adapters : 1);
+  const int64_t blocks = divide_up(job.rank * job.n, kThreads) * (job.places.index ? job.places.adapters : 1);
   launch(add_chunks, dim3(unsigned(blocks)), kThreads, 0, stream, job, deal);
 }
 

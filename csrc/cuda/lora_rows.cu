@@ -80,7 +80,7 @@ __device__ __forceinline__ Low add_partial(const RowsDeal& deal, const float* pa
 }
 
 template <class Kind, class Up>
-__global__ void __launch_bounds__(kThreads, Kind::kBlocks)
+__global__ void __launch_bounds__(kThreads, Kind::kBlocks < Up::kBlocks ? Kind::kBlocks : Up::kBlocks)
     add_low_rank(const __grid_constant__ LoraRows job, const __grid_constant__ RowsDeal deal) {
   PK_DYNAMIC_SHARED(char, shared);
   const RowsRoom room = room_of(deal, job.rank, job.drop.side, low_parts_of(job.out_dtype));

@@ -93,7 +93,6 @@ __device__ __forceinline__ void shrink(const LoraRows& job, const Adapter& adapt
     float sum[2][4][4] = {};
     for (int64_t col = begin + along * unit; col < end && mine > 0; col += grid.columns * unit) {
       if (job.drop.side == kRead) draw_by_warp(kept, rows + row0, mine, col, job.drop);
-#pragma unroll 2
       for (int64_t c = col; c < col + unit && c < end; c += 32)
         shrink_step<Kind>(sum, job.x, adapter.down, rows + row0, mine, rank0, adapter.rank, c, end, job.drop,
                           kept);

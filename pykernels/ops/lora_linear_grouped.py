@@ -35,7 +35,8 @@ def lora_linear_grouped(
         adapters: sequence of :class:`LoRA`: A [r, in] and B [out, r] of x's dtype or float32, each with a
             rank and scaling of its own; without a magnitude.
         index: int64 tensor [*] on x's device, values from -1 to len(adapters) - 1. Not looked at by a graph
-            that is being compiled, but by every run of it.
+            that is being compiled, but by every run of it. On a GPU nobody waits for it: CUDA's kernels make
+            rows of other values NaN, and the call can be captured in a graph.
         bias: tensor [out] of x's dtype, or None.
 
     Returns:
