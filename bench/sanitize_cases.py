@@ -139,7 +139,8 @@ def _layer(function: Callable[..., Any], x: Inputs) -> Results:
     for index, threshold in zip(indices, (40_000, 65_536), strict=True):
         out = _odd(torch.full((37, 19), float("nan"), dtype=x.base.dtype, device=x.base.device))
         h = torch.zeros(37, 5, device=x.base.device)
-        function(out, h, rows, weight, adapters, index, bias, threshold, 9)
+        used = adapters[: 1 if index is None else 2]
+        function(out, h, rows, weight, used, index, bias, threshold, 9)
         results += [out, h]
     return results
 
@@ -217,10 +218,14 @@ def run(device: torch.device, say: Callable[[str], None] = print) -> int:
 
 
 def _alike(op: str, got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """To the bit, but for sums that each backend adds up in an order of its own."""
+    """To the bit, but for sums that each backend adds up in an order of its own.
+
+    Those are rounded once in 16 bits; in float32 tensor cores cut off 11 units of the last place a product.
+    """
     if not op.startswith("lora"):
         return agrees(op, got, wanted)
-    room = 4 * torch.finfo(got.dtype).eps * float(wanted.abs().max())
+    units = 16 if got.dtype == torch.float32 else 4
+    room = units * torch.finfo(got.dtype).eps * float(wanted.abs().max())
     return torch.allclose(got.double(), wanted.double(), rtol=0, atol=room)
 
 

@@ -206,6 +206,7 @@ def test_nothing_outside_is_read_or_written(where, at_end):
         (2, 33, 41, torch.float16),
         (40, 33, 41, torch.bfloat16),
         (7, 64, 128, torch.bfloat16),
+        (3, 44, 36, torch.float32),
     ):
         c = layer(m, n, k, [5, 3], dtype, grouped=True)
         inside = c._replace(
