@@ -69,7 +69,7 @@ def keeping(op: str, dropout: float) -> int:
 
 
 def examine_values(op: str, index: torch.Tensor, count: int) -> None:
-    """Every value of ``index`` must name an adapter, or be -1; who would have to wait for them does not ask."""
+    """Every value of ``index`` must name an adapter, or be -1; on a GPU nobody waits to see."""
     if not index.is_cpu:
         return
     for value in torch.stack(index.aminmax()).tolist():
