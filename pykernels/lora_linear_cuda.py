@@ -21,7 +21,6 @@ RANKS = 512
 """The largest rank whose sums have room in a block's shared memory; torch's products serve beyond."""
 _NOWHERE, _READ, _WRITTEN = 0, 1, 2  # as Side in csrc/cuda/lora.h
 Matrix = tuple[int, int, int, int]
-Call = _cuda.LoraRows | _cuda.LoraReduce
 
 
 class _Places(NamedTuple):
@@ -150,7 +149,7 @@ def _reduce(
     _run(op, call, a)
 
 
-def _run(op: str, call: Call, like: torch.Tensor) -> None:
+def _run(op: str, call: _cuda.LoraRows | _cuda.LoraReduce, like: torch.Tensor) -> None:
     """Raises RuntimeError with op, shape and CUDA's error."""
     device, stream = _place(like.device)
     nbytes = call.scratch(device)
