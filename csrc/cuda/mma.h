@@ -86,25 +86,18 @@ PK_HD void split(float x, bf16 (&part)[kMostParts]) {
   }
 }
 
-/// What the parts left out by `part_pair` are at most of a product: 2^-7 * 2^-15 twice, and 2^-30.
+/// What the pairs that `each_pair` leaves out are at most of a product: 2^-7 * 2^-15 twice, and 2^-30.
 constexpr float kLeftOut = 0x1.01p-21f;
 
-/// Which parts of two numbers are multiplied: those whose indices add up to 2 at most.
-struct PartPair {
-  int left, right;
-};
-/// Pair `at`, the smallest products first; {-1, -1} behind the last.
-PK_HD PartPair part_pair(int left_parts, int right_parts, int at) {
+/// Which parts of two numbers are multiplied, the smallest products first: body(i, j) for part i of the left
+/// one and j of the right one where i + j <= 2.
+template <class Body>
+__device__ __forceinline__ void each_pair(int left_parts, int right_parts, Body&& body) {
+#pragma unroll 1
   for (int sum = kMostParts - 1; sum >= 0; sum--)
+#pragma unroll 1
     for (int i = 0; i <= sum; i++)
-      if (i < left_parts && sum - i < right_parts && at-- == 0) return {i, sum - i};
-  return {-1, -1};
-}
-/// The number of pairs.
-PK_HD int part_pairs(int left_parts, int right_parts) {
-  int count = 0;
-  while (part_pair(left_parts, right_parts, count).left >= 0) count++;
-  return count;
+      if (i < left_parts && sum - i < right_parts) body(i, sum - i);
 }
 
 }  // namespace pk::cuda
