@@ -24,7 +24,7 @@ struct Squared {
   __device__ static void finish(const Layer& layer, const Spot& spot, const Weights<T>& weights,
                                 const Sums& total) {
     __shared__ double parts[4][kLoraColumns];
-    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32), i = int(threadIdx.x);
+    const int i = thread_asked(), lane = i % 32, warp = i / 32;
     double* out = static_cast<double*>(layer.out);
     __syncthreads();  // the parts of the tile before have been read
     if (layer.by_column) {
@@ -38,7 +38,7 @@ struct Squared {
       }
       __syncthreads();
       if (i < spot.width)
-        out[spot.tile * layer.cols + spot.strip * kLoraColumns + i] = parts[0][i] + parts[1][i];
+        out[spot.tile * layer.cols + int64_t(spot.strip) * kLoraColumns + i] = parts[0][i] + parts[1][i];
       return;
     }
 #pragma unroll
@@ -51,7 +51,7 @@ struct Squared {
     }
     __syncthreads();
     if (i < spot.height)
-      out[spot.strip * layer.rows + spot.tile * kLoraRows + i] =
+      out[spot.strip * layer.rows + int64_t(spot.tile) * kLoraRows + i] =
           (parts[0][i] + parts[1][i]) + (parts[2][i] + parts[3][i]);
   }
 };
