@@ -154,9 +154,7 @@ def placed(tensor: torch.Tensor, start: int) -> torch.Tensor:
     return copy.view(tensor.shape).copy_(tensor)
 
 
-@pytest.mark.skipif(
-    not EMULATED, reason="torch has no such views on a device"
-)
+@pytest.mark.skipif(not EMULATED, reason="torch has no such views on a device")
 @pytest.mark.parametrize("start", [1, 2, 4, 8])
 def test_any_alignment(start):
     for dtype in DTYPES:
