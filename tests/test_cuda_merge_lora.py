@@ -86,17 +86,28 @@ def test_factors_of_any_dtypes(a, b):
 
 @pytest.mark.skipif(not EMULATED, reason="a device's rooms are its own")
 @pytest.mark.parametrize("where", ROOMS)
-def test_no_bit_depends_on_the_device_or_on_the_order_of_blocks(where):
-    """Chunks or not, one tile to a block or several, front to back or back to front."""
+def test_no_bit_depends_on_the_device(where):
+    """Chunks or not, one tile to a block or several."""
     w, adapters = weight(130, 140, torch.bfloat16), several(130, 140, (20, 5), dora=True)
     got = assert_right(w, adapters)
     merge_lora_cuda._cuda.lora_room(*DEFAULT)
     assert_same_bits(run(w, adapters), got)
+
+
+@pytest.mark.skipif(not EMULATED, reason="racecheck is the sanitizer's (bench/device.sh)")
+@pytest.mark.parametrize("order", ["warps", "reverse"])
+@pytest.mark.parametrize("by_column", [False, True], ids=["rows", "columns"])
+def test_no_bit_depends_on_which_warp_or_block_is_ahead(order, by_column):
+    """Without any of the barriers a warp that is ahead reads too early, or writes over what others read."""
+    out, into = (140, 200) if by_column else (200, 140)
+    w = weight(out, into, torch.bfloat16, fan_in_fan_out=by_column)
+    adapters = several(out, into, (20, 5), dtype=torch.bfloat16, dora=True)
+    got = assert_right(w, adapters, by_column)
     try:
-        merge_lora_cuda._cuda.reverse(True)
-        assert_same_bits(run(w, adapters), got)
+        getattr(merge_lora_cuda._cuda, order)(True)
+        assert_same_bits(run(w, adapters, by_column), got)
     finally:
-        merge_lora_cuda._cuda.reverse(False)
+        getattr(merge_lora_cuda._cuda, order)(False)
 
 
 @pytest.mark.parametrize("fan", [False, True], ids=["out-in", "in-out"])

@@ -38,7 +38,17 @@ FLOORS = (
     ("lora_linear_torch", "lora_linear_cpu"),
     ("backends",),
     ("products",),
-    ("native", "merge_lora_cpu", "cuda", "kernels", "check", "check_lora", "ref"),
+    (
+        "native",
+        "merge_lora_cpu",
+        "merge_lora_cuda",
+        "dora_norm_torch",
+        "cuda",
+        "kernels",
+        "check",
+        "check_lora",
+        "ref",
+    ),
     ("rows", "low_rank"),
     ("_C", "_cuda", "cut", "grouping"),
 )
