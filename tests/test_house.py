@@ -49,7 +49,7 @@ FLOORS = (
         "check_lora",
         "ref",
     ),
-    ("rows", "low_rank"),
+    ("rows", "low_rank", "dora_norm_torch"),
     ("_C", "_cuda", "cut", "grouping"),
 )
 """From the top down; a module may import from its own floor and those below. "engine": the rest of it."""
