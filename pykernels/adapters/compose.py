@@ -84,7 +84,7 @@ def compose(
         made.tensors.update(copies)
         keys = {key: _agreed(opened, key) for key in ("base_model_name_or_path", "task_type")}
         flag = any(a.config.fan_in_fan_out for a in opened)
-        nbytes = write_adapter(Path(out), made, made.config(fan_in_fan_out=flag, **keys))
+        nbytes = write_adapter(Path(out), made, made.config(fan_in_fan_out=flag, **keys), inputs)
     finally:
         inputs.close()
     return Composed(Path(out), dict(made.ranks), errors, nbytes)

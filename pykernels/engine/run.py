@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pykernels.engine.collector import frozen
-from pykernels.engine.commit import publish, workplace
+from pykernels.engine.commit import plan_id, publish, workplace
 from pykernels.engine.companions import CARD, INDEX, index_text, write_companions
 from pykernels.engine.leftovers import foreign_weights
 from pykernels.engine.mapped import Inputs
@@ -165,7 +165,7 @@ def merge(
 def _write(
     plan: Plan, out: Path, inputs: Inputs, compute: Engine, backend: str, durable: bool
 ) -> ShardWriter:
-    with workplace(plan, out) as folder:
+    with workplace(out, plan_id(plan)) as folder:
         names = write_companions(plan, folder)
         compute.survey()
         writer = ShardWriter(compute.arena(), durable=durable)
