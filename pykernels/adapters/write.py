@@ -113,7 +113,7 @@ def write_adapter(out: Path, made: Made, config: Mapping[str, Any], inputs: Inpu
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
