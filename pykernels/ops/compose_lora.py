@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -68,14 +68,11 @@ def compose_lora(
             A = torch.cat([a.A.double() * c for a, c in zip(adapters, share, strict=True)])
             B = torch.cat([a.B for a in adapters], 1)
             return LoRA(A.to(B.dtype), B, 1.0)
-        try:
-            if method in DENSE:
-                delta = merged_delta(method, _deltas(method, adapters, scaling), given, kept, drawn)
-                check_lora.finite(OP, "the merged delta", delta, f"with method {method!r}")
-                return _like(adapters, *truncate(delta, to))
-            return _like(adapters, *truncate_product(*_stacked(method, adapters, share), to))
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise ValueError(f"{OP}: the singular values of the sum must be finite, got {error}") from None
+        if method not in DENSE:
+            return _nearest(adapters, lambda: truncate_product(*_stacked(method, adapters, share), to))
+        delta = merged_delta(method, _deltas(method, adapters, scaling), given, kept, drawn)
+        check_lora.finite(OP, "the merged delta", delta, f"with method {method!r}")
+        return _nearest(adapters, lambda: truncate(delta, to))
 
 
 def _rank(method: str, rank: int | None, adapters: Sequence[LoRA]) -> int:
@@ -178,6 +175,13 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _like(adapters: Sequence[LoRA], A: torch.Tensor, B: torch.Tensor) -> LoRA:
+def _nearest(adapters: Sequence[LoRA], truncated: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> LoRA:
+    """Finite factors may have a product that float32 does not hold: then there is nothing to decompose."""
+    try:
+        A, B = truncated()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        A = B = torch.tensor(torch.nan)
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise ValueError(f"{OP}: the sum must have singular values that float32 holds, got larger ones")
     dtype = adapters[0].A.dtype
     return LoRA(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0)
