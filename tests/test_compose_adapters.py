@@ -16,7 +16,7 @@ from pykernels.adapters.extract import extract
 from pykernels.cli import main
 from pykernels.engine.recipe import adapter_recipe
 from pykernels.engine.run import merge
-from tests.adapter_files import PREFIX, factors, write_adapter, write_experts
+from tests.adapter_files import PREFIX, factors, write_adapter
 from tests.checkpoints import load, write_model
 
 DENSE = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
@@ -125,7 +125,7 @@ def test_an_embedding_s_copy_of_its_base_is_kept(tmp_path):
     assert load(tmp_path / "out")[f"{PREFIX}embed_tokens.base_layer.weight"].dtype == torch.bfloat16
     tensors["embed_tokens.base_layer.weight"] = torch.zeros(50, 16).bfloat16()
     three = str(write_adapter(tmp_path / "three", tensors))
-    with pytest.raises(ValueError, match=r"base_layer.weight': differs from the copy of the base in"):
+    with pytest.raises(ValueError, match=r"base_layer.weight': differs from the copy in"):
         compose([one, three], tmp_path / "new")
 
 
@@ -137,15 +137,8 @@ def test_what_is_not_composed_is_refused(home, tmp_path):
         return str(error.value)
 
     good = factors("q", 40, 30)
-    dora = write_adapter(
-        tmp_path / "dora", {**good, "q.lora_magnitude_vector": torch.ones(40)}, use_dora=True
-    )
-    assert "q.lora_magnitude_vector': only low-rank changes are composed" in refused(dora)
-    copy = write_adapter(tmp_path / "copy", {**good, "norm.weight": torch.ones(30)})
-    assert "norm.weight': a trained full copy" in refused(copy)
-    assert "target_parameters are not composed" in refused(write_experts(tmp_path / "experts"))
     half = write_adapter(tmp_path / "half", {"q.lora_A.weight": torch.ones(4, 30)})
-    assert "has no other factor beside it" in refused(half)
+    assert "has no lora_B beside it" in refused(half)
     other = write_adapter(tmp_path / "other", factors("q", 40, 31))
     assert "[4, 31] does not fit [2, 30] of" in refused(home / "a", other)
     assert "must have rank 9 of the config" in refused(write_adapter(tmp_path / "r", good, r=9))

@@ -70,6 +70,13 @@ class AdapterConfig:
     tied: bool
     said: Mapping[str, str | None]
 
+    def rows(self, module: str) -> tuple[int, ...] | None:
+        """The trainable tokens of an embedding."""
+        for name, rows in self.token_indices.items():
+            if name and f".{module}".endswith(f".{name}"):
+                return rows
+        return self.token_indices.get("")
+
     def rank(self, module: str) -> int:
         """The rank that the config gives a module (its path below ``base_model.model``)."""
         return self.ranks.find(module, self.r)

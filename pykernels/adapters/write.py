@@ -35,11 +35,13 @@ _FOLDER = "adapter"
 class Made:
     """An adapter to write: low-rank changes by module with scaling 1, and full copies by key.
 
-    ``ranks`` of the modules; ``tensors`` by their keys in the file, without ``base_model.model.``.
+    ``ranks`` of the modules and of ``parameters``, which are stacked ones of modules; ``tensors`` by their
+    keys in the file, without ``base_model.model.``.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
 
     def add(self, module: str, A: torch.Tensor, B: torch.Tensor, *, embedding: bool = False) -> None:
         """A change ``B @ A`` [out, in] of a module, for a convolution with A's and B's own shapes."""
@@ -47,6 +49,17 @@ class Made:
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
         self.tensors[f"{module}.{a}"] = A.contiguous()
         self.tensors[f"{module}.{b}"] = B.contiguous()
+
+    def add_parameter(
+        self, module: str, parameter: str, A: torch.Tensor, B: torch.Tensor, depth: int
+    ) -> None:
+        """Changes of the experts of a stacked parameter, A [experts, r, in] and B [out, r, experts]."""
+        name = f"{module}.{parameter}"
+        self.ranks[name] = A.shape[1]
+        self.parameters.append(name)
+        path = module + ".base_layer" * depth
+        self.tensors[f"{path}.lora_A.weight"] = A.flatten(0, 1).contiguous()
+        self.tensors[f"{path}.lora_B.weight"] = B.flatten(1, 2).contiguous()
 
     def config(self, **keys: Any) -> dict[str, Any]:
         """adapter_config.json with scaling 1 everywhere; ``keys`` go in as they are."""
@@ -67,7 +80,8 @@ class Made:
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": False,
-            "target_modules": sorted(self.ranks),
+            "target_modules": sorted(self.ranks.keys() - set(self.parameters)),
+            "target_parameters": sorted(self.parameters) or None,
             "modules_to_save": None,
             **keys,
         }
