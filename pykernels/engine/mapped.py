@@ -138,3 +138,4 @@ class Inputs:
     def close(self) -> None:
         """Let go of every file; each is unmapped with its last tensor."""
         self._open.clear()
+        self.adapted.factors.clear()
