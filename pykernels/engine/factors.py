@@ -10,6 +10,7 @@ from threading import Lock
 import torch
 
 from pykernels.adapters.change import Change
+from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.shard import TensorInfo
 
 ROOM = 64 << 20
@@ -37,6 +38,13 @@ class Factors:
 
     def piece(self, change: Change, dtype: torch.dtype, expert: int, first: int, count: int) -> Pair:
         """A, and rows ``first`` to ``first + count`` of B, contiguous, in ``dtype``."""
+        a, b = change.tensors[:2]
+        if (
+            not (change.transposed or change.experts)
+            and TORCH_DTYPE[a.dtype] == TORCH_DTYPE[b.dtype] == dtype
+        ):
+            A, B = self._read(a, 0, prod(a.shape)), self._read(b, first * change.rank, count * change.rank)
+            return A.view(change.rank, -1), B.view(count, -1)
         with self._lock:
             held = self._whole(change, dtype)
         if held is not None:
