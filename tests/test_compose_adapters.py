@@ -16,6 +16,7 @@ from pykernels.adapters.extract import extract
 from pykernels.cli import main
 from pykernels.engine.recipe import adapter_recipe
 from pykernels.engine.run import merge
+from pykernels.ops.compose_lora import merged_delta
 from tests.adapter_files import PREFIX, factors, write_adapter
 from tests.checkpoints import load, write_model
 
@@ -84,6 +85,35 @@ def test_methods_on_deltas_print_their_error(home, tmp_path, method):
     best = singular[2:].norm() / singular.norm()
     assert few[0]["q"] == pytest.approx(float((near - dense).norm() / dense.norm()), rel=1e-4)
     assert few[0]["q"] == pytest.approx(float(best), rel=1e-2)
+
+
+def dense_of(path: Path, module: str, scaling: float) -> torch.Tensor:
+    """An adapter's change of a module, float64."""
+    return scaling * product({key: tensor.double() for key, tensor in load(path).items()}, module)
+
+
+@pytest.mark.parametrize("exact", [512, 4], ids=["whole", "by iteration"])
+@pytest.mark.parametrize("method", ["svd", "ties", "magnitude_prune"])
+def test_what_is_printed_is_within_a_hundredth_of_the_best(home, tmp_path, monkeypatch, method, exact):
+    """Of the rank, from float64 alone: the method on dense deltas, their singular values, and the text."""
+    monkeypatch.setattr("pykernels.ops.low_rank_svd.EXACT", exact)
+    weights, rank = (1.5, -0.5), 3
+    deltas = [dense_of(home / "a", "q", 6 / 2**0.5), dense_of(home / "b", "q", 6 / 3)]
+    options: list[object] = ["--method", method, "--rank", rank, "--weight", 1.5, "--weight", -0.5]
+    wanted = sum(w * d for w, d in zip(weights, deltas, strict=True))
+    if method != "svd":
+        options += ["--density", 0.3]
+        narrow = [d.float() for d in deltas]
+        wanted = merged_delta(method, narrow, list(weights), 0.3, 0).double()
+    arguments = ["lora", "compose", home / "a", home / "b", tmp_path / "out", *options]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    [line] = [line for line in result.output.splitlines() if line.startswith("q: relative error ")]
+    singular = torch.linalg.svdvals(wanted)
+    best = float(singular[rank:].norm() / singular.norm())
+    got = float((dense_of(tmp_path / "out", "q", 1.0) - wanted).norm() / wanted.norm())
+    assert best * (1 - 1e-6) <= got <= 1.01 * best
+    assert float(line.rsplit(" ", 1)[1]) == pytest.approx(got, rel=6e-3)  # three digits
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", "peft_linear"])

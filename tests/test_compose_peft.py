@@ -14,7 +14,7 @@ from pykernels.adapters.compose import compose
 from pykernels.engine.recipe import adapter_recipe
 from pykernels.engine.run import merge
 from tests.checkpoints import load
-from tests.peft_models import KINDS, Kind, merged_by_peft, write_adapter, write_base
+from tests.peft_models import KINDS, Kind, merged_by_peft, with_adapters, write_adapter, write_base
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -171,3 +171,51 @@ def test_ranks_that_were_written_are_those_that_are_read(home, tmp_path):
     configs = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("once", "twice")]
     assert configs[0] == configs[1] and configs[0]["target_parameters"]
     shutil.rmtree(tmp_path / "once")
+
+
+def delta(path: Path, module: str, scaling: float) -> torch.Tensor:
+    """The change of a module in float64."""
+    held = load(path)
+    a, b = (held[f"base_model.model.{module}.lora_{f}.weight"].double() for f in "AB")
+    return scaling * b @ a
+
+
+def weighted_by_peft(home: Path, kind: Kind, parts: list[Path], weights: tuple[float, ...], how: str):
+    """PEFT's model with the composition of two adapters that ``add_weighted_adapter`` makes."""
+    model = with_adapters(kind, base_of(home, kind), parts, torch.float32)
+    names = [str(i) for i in range(len(parts))]
+    model.add_weighted_adapter(names, list(weights), "sum", combination_type=how)
+    model.set_adapter("sum")
+    return model
+
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("how", ["cat", "linear"])
+def test_peft_scales_rank_stabilised_adapters_twice(home, tmp_path, how):
+    """The sum inherits use_rslora, and gets the root of its rank on top; float64 tells who is right."""
+    kind = Kind("llama", {"target_modules": ["q_proj"], "use_rslora": True})
+    parts = [trained(home, kind, tmp_path / f"{i}", i) for i in (1, 2)]
+    wanted = sum(w * delta(path, MODULE, 3 / 2**0.5) for path, w in zip(parts, (0.5, 2.0), strict=True))
+    model = weighted_by_peft(home, kind, parts, (0.5, 2.0), how)
+    theirs = model.get_submodule(f"base_model.model.{MODULE}").get_delta_weight("sum").double().detach()
+    compose([str(p) for p in parts], tmp_path / "out", weights=(0.5, 2.0))
+    ours = delta(tmp_path / "out", MODULE, 1.0)
+    assert (ours - wanted).norm() < 1e-6 * wanted.norm()
+    assert (theirs - wanted).norm() > 0.9 * wanted.norm()
+    if how == "cat":
+        assert (theirs - 2 * wanted).norm() < 1e-6 * wanted.norm()  # the root of a rank of 4
+
+
+def test_peft_leaves_the_bias_of_b_out(home, tmp_path):
+    """Against the outputs of both adapters at once, in float64."""
+    kind = KINDS["lora_bias"]
+    parts = [trained(home, kind, tmp_path / f"{i}", i) for i in (1, 2)]
+    held = [load(path)[f"base_model.model.{MODULE}.lora_B.bias"].double() for path in parts]
+    wanted = 3 / 2 * (0.5 * held[0] + 2.0 * held[1])
+    layer = weighted_by_peft(home, kind, parts, (0.5, 2.0), "cat").get_submodule(f"base_model.model.{MODULE}")
+    theirs = layer.scaling["sum"] * layer.lora_B["sum"].bias.double().detach()
+    compose([str(p) for p in parts], tmp_path / "out", weights=(0.5, 2.0))
+    ours = load(tmp_path / "out")[f"base_model.model.{MODULE}.lora_B.bias"].double()
+    assert (ours - wanted).norm() < 1e-6 * wanted.norm() < 0.5 * (theirs - wanted).norm()
