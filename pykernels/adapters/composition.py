@@ -129,16 +129,15 @@ def _compose(
 
 
 def _error_of_sum(composed: LoRA, loras: list[LoRA], weights: list[float]) -> tuple[float, float]:
-    """Without a dense matrix, as an embedding's would be large: QR of all factors keeps norms."""
+    """Without a dense matrix, as an embedding's would be large: QR of the B's keeps norms."""
     A = torch.cat([lora.A.double() * (lora.scaling * w) for lora, w in zip(loras, weights, strict=True)])
     B = torch.cat([lora.B.double() for lora in loras], 1)
-    less = torch.cat([A, composed.A.double() * -composed.scaling])
-    return _norm(_core(less, torch.cat([B, composed.B.double()], 1))), _norm(_core(A, B))
-
-
-def _core(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """A small matrix of the norm of B @ A."""
-    return Reflections(B).r @ Reflections(A.t()).r.t()
+    got = composed.A.double() * composed.scaling
+    if torch.equal(composed.B.double(), B):
+        left, apart = Reflections(B).r, A - got
+    else:
+        left, apart = Reflections(torch.cat([B, composed.B.double()], 1)).r, torch.cat([A, -got])
+    return _norm(left @ apart), _norm(left[:, : B.shape[1]] @ A)
 
 
 def _norm(matrix: torch.Tensor) -> float:
