@@ -96,14 +96,14 @@ def test_magnitudes_of_different_modules(home, tmp_path):
     check(home, kinds[0], parts, (1.0, 0.5), tmp_path)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, 0.75)])
 @pytest.mark.parametrize(
-    ("name", "marks"),
+    ("name", "marks", "weights"),
     [
-        ("modules to save", ("lm_head", "norm")),
-        ("bias all", (".bias",)),
-        ("bias lora_only", (".bias",)),
-        ("trainable tokens", ("trainable_tokens",)),
+        ("modules to save", ("lm_head", "norm"), (1.0, 1.0)),
+        ("modules to save", ("lm_head", "norm"), (0.25, 0.75)),
+        ("bias all", (".bias",), (1.0, 1.0)),
+        ("bias lora_only", (".bias",), (1.0, 1.0)),
+        ("trainable tokens", ("trainable_tokens",), (1.0, 1.0)),
     ],
 )
 def test_what_replaces_the_base_is_kept_where_all_agree(home, tmp_path, name, marks, weights):
