@@ -2,8 +2,8 @@
 // Traffic: reads the weight once, writes out once: 2 * rows * cols * sizeof(T). From the second-level cache,
 // per block of 64 deep x 128 elements, (64 deep + 128) * rank * sizeof(factor). By data sheets one bf16 layer
 // of 4096 x 4096 takes an H200 14.0 microseconds of memory (67 MB at 4.8 TB/s); in blocks of 8 tiles rank 16
-// adds 0.5 GFLOP and 5 MB of cache, eight such adapters 4.3 GFLOP (7 microseconds at the rate of mma.sync) and
-// 42 MB of cache (8 at 5.5 TB/s), all of which is to pass beside the memory. Not measured on a device.
+// adds 0.5 GFLOP and 5 MB of cache, eight such adapters 4.3 GFLOP (7 microseconds at the rate of mma.sync)
+// and 42 MB of cache (8 at 5.5 TB/s), all of which is to pass beside the memory. Not measured on a device.
 #include "lora_launch.h"
 #include "lora_tile.h"
 
