@@ -264,6 +264,7 @@ PYBIND11_MODULE(PK_MODULE, m) {
   m.def("unavailable", &unavailable);
 #ifdef PK_EMULATED
   m.def("reverse", [](bool on) { pk::emulated::reverse = on; });
+  m.def("warps", [](bool on) { pk::emulated::warps = on; });
   m.def("regimes", [](int64_t share, int64_t most, int64_t chunk, int64_t column_chunk, int64_t chunks,
                       bool clusters, int64_t shared) {
     regimes = {share, most, chunk, column_chunk, chunks};

@@ -10,6 +10,8 @@
 // adds: two steps of 8 products and a sum, each of nine numbers that lose half a unit of 2^-23 and a result
 // that loses one; newer ones, which add 16 at once and keep more bits, lose less.
 #pragma once
+#include <type_traits>
+
 #include "../math/dtype.h"
 #include "device.h"
 #ifdef PK_EMULATED
@@ -25,18 +27,20 @@ constexpr int kMostParts = 3;  // of a float32
 #ifndef PK_EMULATED
 
 __device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4],
-                                              const uint32_t (&right)[2]) {
+                                              const uint32_t (&right)[2], const float (&start)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+      "{%10,%11,%12,%13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]), "f"(start[0]),
+        "f"(start[1]), "f"(start[2]), "f"(start[3]));
 }
 __device__ __forceinline__ void multiply_f16(float (&sum)[4], const uint32_t (&left)[4],
-                                             const uint32_t (&right)[2]) {
+                                             const uint32_t (&right)[2], const float (&start)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+      "{%10,%11,%12,%13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]), "f"(start[0]),
+        "f"(start[1]), "f"(start[2]), "f"(start[3]));
 }
 
 /// Four matrices of 8 x 8 from shared memory: lane l gives the address, aligned to 16 bytes, of row l % 8 of
@@ -57,16 +61,38 @@ __device__ __forceinline__ void load_turned(uint32_t (&word)[4], const void* row
 
 #else
 
-inline void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+inline void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2],
+                          const float (&start)[4]) {
+  for (int i = 0; i < 4; i++) sum[i] = start[i];
   emulated::multiply<bf16>(sum, left, right);
 }
-inline void multiply_f16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+inline void multiply_f16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2],
+                         const float (&start)[4]) {
+  for (int i = 0; i < 4; i++) sum[i] = start[i];
   emulated::multiply<f16>(sum, left, right);
 }
 inline void load_matrices(uint32_t (&word)[4], const void* row) { emulated::load_matrices(word, row, false); }
 inline void load_turned(uint32_t (&word)[4], const void* row) { emulated::load_matrices(word, row, true); }
 
 #endif
+
+/// sum = start + left @ right; without a start, sum += left @ right.
+template <class T>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&left)[4],
+                                         const uint32_t (&right)[2], const float (&start)[4]) {
+  if constexpr (std::is_same_v<T, bf16>)
+    multiply_bf16(sum, left, right, start);
+  else
+    multiply_f16(sum, left, right, start);
+}
+__device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4],
+                                              const uint32_t (&right)[2]) {
+  multiply_bf16(sum, left, right, sum);
+}
+__device__ __forceinline__ void multiply_f16(float (&sum)[4], const uint32_t (&left)[4],
+                                             const uint32_t (&right)[2]) {
+  multiply_f16(sum, left, right, sum);
+}
 
 /// How many bf16 hold a number of this dtype exactly.
 PK_HD int parts_of(int dtype) { return dtype == kBF16 ? 1 : dtype == kF16 ? 2 : kMostParts; }
@@ -86,25 +112,18 @@ PK_HD void split(float x, bf16 (&part)[kMostParts]) {
   }
 }
 
-/// What the parts left out by `part_pair` are at most of a product: 2^-7 * 2^-15 twice, and 2^-30.
+/// What the pairs that `each_pair` leaves out are at most of a product: 2^-7 * 2^-15 twice, and 2^-30.
 constexpr float kLeftOut = 0x1.01p-21f;
 
-/// Which parts of two numbers are multiplied: those whose indices add up to 2 at most.
-struct PartPair {
-  int left, right;
-};
-/// Pair `at`, the smallest products first; {-1, -1} behind the last.
-PK_HD PartPair part_pair(int left_parts, int right_parts, int at) {
+/// Which parts of two numbers are multiplied, the smallest products first: body(i, j) for part i of the left
+/// one and j of the right one where i + j <= 2.
+template <class Body>
+__device__ __forceinline__ void each_pair(int left_parts, int right_parts, Body&& body) {
+#pragma unroll 1
   for (int sum = kMostParts - 1; sum >= 0; sum--)
+#pragma unroll 1
     for (int i = 0; i <= sum; i++)
-      if (i < left_parts && sum - i < right_parts && at-- == 0) return {i, sum - i};
-  return {-1, -1};
-}
-/// The number of pairs.
-PK_HD int part_pairs(int left_parts, int right_parts) {
-  int count = 0;
-  while (part_pair(left_parts, right_parts, count).left >= 0) count++;
-  return count;
+      if (i < left_parts && sum - i < right_parts) body(i, sum - i);
 }
 
 }  // namespace pk::cuda
