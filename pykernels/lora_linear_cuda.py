@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from pykernels import _cuda, lora_linear_torch
-from pykernels.cuda import _place
+from pykernels.cuda import place
 from pykernels.lora_linear_torch import ALL, Adapter
 from pykernels.rows import CODES
 
@@ -151,7 +151,7 @@ def _reduce(
 
 def _run(op: str, call: _cuda.LoraRows | _cuda.LoraReduce, like: torch.Tensor) -> None:
     """Raises RuntimeError with op, shape and CUDA's error."""
-    device, stream = _place(like.device)
+    device, stream = place(like.device)
     nbytes = call.scratch(device)
     scratch = torch.empty(nbytes, dtype=torch.uint8, device=like.device) if nbytes else None
     _launch(op, lambda: call.run(device, stream, 0 if scratch is None else scratch.data_ptr()), like)
@@ -174,7 +174,7 @@ def _sorted(index: torch.Tensor | None, adapters: Sequence[Adapter], m: int, *, 
         return _Places(index, None, count)
     table = torch.empty(_cuda.lora_table_words(m, count, rank), dtype=torch.int64, device=index.device)
     given = (table.data_ptr(), index.data_ptr(), index.stride(0), m, count, rank)
-    _launch("lora_linear_grouped", lambda: _cuda.lora_deal(*given, *_place(index.device)), index)
+    _launch("lora_linear_grouped", lambda: _cuda.lora_deal(*given, *place(index.device)), index)
     return _Places(index, table, count)
 
 
