@@ -58,6 +58,7 @@ def deal(request):
     yield
     dealt("default")
     cuda._cuda.reverse(False)
+    cuda._cuda.warps(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -139,9 +140,11 @@ def test_what_names_no_adapter_becomes_nan(m):
 def test_bits_depend_neither_on_the_order_of_threads_nor_on_clusters(m, dtype):
     c = layer(m, 70, 140, [17, 3], dtype, grouped=True)
     everything = []
-    for where, reverse in (("clusters", False), ("clusters", True), ("no clusters", True)):
+    orders = (("clusters", False, False), ("clusters", True, True), ("no clusters", True, False))
+    for where, reverse, warps in orders:
         dealt(where)
         cuda._cuda.reverse(reverse)
+        cuda._cuda.warps(warps)  # one ahead of the others, so that a missing barrier shows
         out, h = forward(c, HALF)
         everything.append([out, *backward(c, h, HALF)])
     for other in everything[1:]:
