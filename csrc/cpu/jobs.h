@@ -87,7 +87,13 @@ struct Kernels {
   void (*pack_panels)(const float* right, int64_t rank, int64_t cols, int dtype, float* panels, int64_t begin,
                       int64_t end);
   int (*panel_width)();
-  void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);  // n + kSlack floats
+  Regime (*softmax_regime)();
+  /// scratch: the more of n and kTogetherFloats, and kSlack floats
+  void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);
+  RowSum (*softmax_store)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift, float* w,
+                          int* exponents);
+  void (*softmax_scale)(const Softmax&, int64_t row, int64_t begin, int64_t end, float* w,
+                        const int* exponents, const Answer&);
   void (*softmax_columns)(const Softmax&, int64_t outer, int64_t first, int tiles, float* scratch);
   void (*softmax_narrow)(const Softmax&, int64_t outer, float* scratch);
   RowSum (*softmax_sum)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift);

@@ -22,7 +22,10 @@ void merge_lora(const MergeLora&, int64_t, int64_t);
 void lora_squares(const MergeLora&, bool, double*, int64_t, int64_t);
 void pack_panels(const float*, int64_t, int64_t, int, float*, int64_t, int64_t);
 int panel_width();
+Regime softmax_regime();
 void softmax_rows(const Softmax&, int64_t, int64_t, float*);
+RowSum softmax_store(const Softmax&, int64_t, int64_t, int64_t, float, float*, int*);
+void softmax_scale(const Softmax&, int64_t, int64_t, int64_t, float*, const int*, const Answer&);
 void softmax_columns(const Softmax&, int64_t, int64_t, int, float*);
 void softmax_narrow(const Softmax&, int64_t, float*);
 RowSum softmax_sum(const Softmax&, int64_t, int64_t, int64_t, float);
@@ -70,7 +73,10 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::lora_squares,
     PK_ISA::pack_panels,
     PK_ISA::panel_width,
+    PK_ISA::softmax_regime,
     PK_ISA::softmax_rows,
+    PK_ISA::softmax_store,
+    PK_ISA::softmax_scale,
     PK_ISA::softmax_columns,
     PK_ISA::softmax_narrow,
     PK_ISA::softmax_sum,
