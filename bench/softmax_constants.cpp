@@ -21,6 +21,7 @@ Answer softmax_infinite(const Softmax&, float, bool);
 void softmax_write(const Softmax&, int64_t, int64_t, int64_t, float, const Answer&);
 double softmax_backward_sum(const SoftmaxBackward&, int64_t, int64_t, int64_t);
 void softmax_backward_write(const SoftmaxBackward&, int64_t, int64_t, int64_t, float);
+void softmax_backward_rows(const SoftmaxBackward&, int64_t, int64_t);
 void softmax_backward_columns(const SoftmaxBackward&, int64_t, int64_t, float*);
 
 }  // namespace cpu::PK_ISA
@@ -42,6 +43,7 @@ const cpu::Kernels& kernels() {
     k.softmax_write = softmax_write;
     k.softmax_backward_sum = softmax_backward_sum;
     k.softmax_backward_write = softmax_backward_write;
+    k.softmax_backward_rows = softmax_backward_rows;
     k.softmax_backward_columns = softmax_backward_columns;
     return k;
   }();

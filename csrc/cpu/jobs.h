@@ -103,6 +103,7 @@ struct Kernels {
   void (*softmax_write)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift, const Answer&);
   double (*softmax_backward_sum)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end);
   void (*softmax_backward_write)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end, float sum);
+  void (*softmax_backward_rows)(const SoftmaxBackward&, int64_t begin, int64_t end);
   void (*softmax_backward_columns)(const SoftmaxBackward&, int64_t outer, int64_t first, float* scratch);
   // Products of matrices. `rows` (null: as they are) says where row i stands; a tile of sums `c` has rows of
   // kGemmWidth, the left operand rows of kGemmDepth, the right one panels of (k1 - k0) x the panel's width.

@@ -35,6 +35,7 @@ Answer softmax_infinite(const Softmax&, float, bool);
 void softmax_write(const Softmax&, int64_t, int64_t, int64_t, float, const Answer&);
 double softmax_backward_sum(const SoftmaxBackward&, int64_t, int64_t, int64_t);
 void softmax_backward_write(const SoftmaxBackward&, int64_t, int64_t, int64_t, float);
+void softmax_backward_rows(const SoftmaxBackward&, int64_t, int64_t);
 void softmax_backward_columns(const SoftmaxBackward&, int64_t, int64_t, float*);
 void gemm_widen(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout*, int64_t,
                 float*);
@@ -86,6 +87,7 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::softmax_write,
     PK_ISA::softmax_backward_sum,
     PK_ISA::softmax_backward_write,
+    PK_ISA::softmax_backward_rows,
     PK_ISA::softmax_backward_columns,
     PK_ISA::gemm_widen,
     PK_ISA::gemm_pack,

@@ -100,6 +100,12 @@ void write_of(const SoftmaxBackward& job, int64_t row, int64_t begin, int64_t en
     else
       write_block<true>(g, y, out + i, count, sum, job.scale, ahead, job.stream);
   });
+}
+
+template <class O>
+void rows_of(const SoftmaxBackward& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++)
+    write_of<O>(job, row, 0, job.n, float(sum_of<O>(job, row, 0, job.n)));
   if (job.stream) fence();
 }
 
@@ -175,9 +181,19 @@ double softmax_backward_sum(const SoftmaxBackward& job, int64_t row, int64_t beg
 }
 
 void softmax_backward_write(const SoftmaxBackward& job, int64_t row, int64_t begin, int64_t end, float sum) {
-  if (job.out_dtype == kF32) return write_of<float>(job, row, begin, end, sum);
+  if (job.out_dtype == kF32) {
+    write_of<float>(job, row, begin, end, sum);
+    if (job.stream) fence();
+    return;
+  }
   if (job.out_dtype == kBF16) return write_of<bf16>(job, row, begin, end, sum);
   return write_of<f16>(job, row, begin, end, sum);
+}
+
+void softmax_backward_rows(const SoftmaxBackward& job, int64_t begin, int64_t end) {
+  if (job.out_dtype == kF32) return rows_of<float>(job, begin, end);
+  if (job.out_dtype == kBF16) return rows_of<bf16>(job, begin, end);
+  return rows_of<f16>(job, begin, end);
 }
 
 void softmax_backward_columns(const SoftmaxBackward& job, int64_t outer, int64_t first, float* scratch) {

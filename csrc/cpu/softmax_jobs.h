@@ -90,7 +90,6 @@ constexpr int64_t kColumnRows = 4096;      // rows whose exponentials wait in sc
 constexpr int64_t kColumnFloats = 262144;  // of that scratch: past the second-level cache, as short stretches
                                            // of strided rows cost more than the third
 constexpr int64_t kStreamed = 1 << 23;     // floats of a row whose result no cache would keep: past it
-constexpr int64_t kFenced = 1024;          // elements of a gradient's row that are worth a fence of their own
 constexpr int64_t kAhead = 4096;           // bytes that long rows are fetched ahead
 constexpr int64_t kRowBatch = 32768;       // elements of short rows that a thread takes at a time
 constexpr int64_t kSlack = 256;            // floats behind a scratch row that kernels may write

@@ -209,8 +209,7 @@ void softmax(const Softmax& given, int threads) {
 void softmax_backward(const SoftmaxBackward& given, int threads) {
   if (given.outer * given.n * given.inner == 0) return;
   SoftmaxBackward job = given;
-  job.stream =
-      job.inner == 1 && job.n >= cpu::kFenced && job.out != job.grad && job.out != job.y && streams(job);
+  job.stream = job.inner == 1 && job.out != job.grad && job.out != job.y && streams(job);
   if (job.inner > 1) {
     const int64_t floats = 2 * (cpu::kColumnRows * cpu::kColumns + cpu::kSlack);
     return over_columns(job.outer, job.inner, cpu::kColumns, floats, threads,
@@ -230,12 +229,8 @@ void softmax_backward(const SoftmaxBackward& given, int threads) {
     });
   };
   if (job.n > kSplit) return over_long_rows(job.outer, job.n, threads, whole_row);
-  over_rows(job.outer, job.n, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; row++) {
-      const double sum = kernels().softmax_backward_sum(job, row, 0, job.n);
-      kernels().softmax_backward_write(job, row, 0, job.n, float(sum));
-    }
-  });
+  over_rows(job.outer, job.n, threads,
+            [&](int64_t begin, int64_t end, int) { kernels().softmax_backward_rows(job, begin, end); });
 }
 
 }  // namespace pk
