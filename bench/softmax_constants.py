@@ -62,7 +62,7 @@ class Crossing(NamedTuple):
     dtype: torch.dtype = torch.float32
     kind: int = SOFTMAX
     streamed: int | None = None
-    """``Regime::streamed`` meanwhile; None: as the constant's own values say, or never."""
+    """``Regime::streamed`` meanwhile, None: never; ``Regime::stored`` is a million."""
 
 
 def _single(*lengths: int) -> tuple[tuple[int, int, int], ...]:
@@ -133,12 +133,12 @@ def loosen(header: Path) -> None:
 
 def using(library: Any, crossing: Crossing, value: int) -> Iterator[None]:
     """Two steps: the constant becomes ``value``, and then what it was."""
-    stored, streamed = NEVER, crossing.streamed if crossing.streamed is not None else NEVER
+    streamed = NEVER if crossing.streamed is None else crossing.streamed
     own = crossing.constant in VARIABLES
     place = ctypes.c_int64.in_dll(library, crossing.constant) if own else ctypes.c_int64()
     before = place.value
     place.value = value
-    regime = {"stored": stored, "streamed": streamed} | ({} if own else {crossing.constant: value})
+    regime = {"stored": MILLION, "streamed": streamed} | ({} if own else {crossing.constant: value})
     library.set_regime(ctypes.c_int64(regime["stored"]), ctypes.c_int64(regime["streamed"]))
     yield
     place.value = before

@@ -79,8 +79,9 @@ constexpr Regime kOnAvx512 = {65536, INT64_MAX};  // AVX-512: two exponentials c
 constexpr Regime kOnAvx2 = {int64_t(1) << 20,
                             1 << 23};  // AVX2: they do, up to what a third-level cache keeps
 constexpr Regime kOnOthers = {int64_t(1) << 20, INT64_MAX};  // no instruction goes past the cache
-constexpr int64_t kCachedFloats = 65536;   // a row and its result stay in half of the second-level cache
-constexpr int64_t kCachedHalves = 131072;  // so do a 16-bit row and its exponentials as floats
+constexpr int64_t kCachedFloats = 4096;    // a row of log_softmax or logsumexp that the first cache holds
+constexpr int64_t kLoadedFloats = 65536;   // one that options make: longer ones are made twice
+constexpr int64_t kCachedHalves = 131072;  // a 16-bit row and its exponentials as floats
 constexpr int kTogether = 8;               // short rows that go together, pass by pass
 constexpr int64_t kTogetherFloats = 4096;  // at most so many elements of them, which the first cache holds
 constexpr int64_t kSplit = 65536;          // elements of a longer row that a thread takes at a time

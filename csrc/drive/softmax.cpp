@@ -152,6 +152,12 @@ bool stores(const Softmax& job) {
          job.n <= kernels().softmax_regime().stored;
 }
 
+/// The longest row that is taken whole, in three passes over what a cache holds.
+int64_t longest_whole(const Softmax& job) {
+  if (job.out_dtype != kF32) return cpu::kCachedHalves;
+  return job.plain() ? cpu::kCachedFloats : cpu::kLoadedFloats;
+}
+
 /// They wait in the result, unless that is x, which a row that turns out to be rare is read from again.
 void softmax_of_stored(const Softmax& job, int threads) {
   const auto run = [&](int64_t row, int some, float* w) { LongRow(job, row, some, w).run(); };
@@ -191,7 +197,7 @@ void softmax(const Softmax& given, int threads) {
   Softmax job = given;
   job.stream = job.kind != cpu::kLogSumExp && job.out != job.x && streams(job);
   if (stores(job)) return softmax_of_stored(job, threads);
-  if (job.n > (job.out_dtype == kF32 ? cpu::kCachedFloats : cpu::kCachedHalves))
+  if (job.n > longest_whole(job))
     return over_long_rows(job.outer, job.n, threads,
                           [&](int64_t row, int some, int) { LongRow(job, row, some, nullptr).run(); });
   if (job.outer * job.n <= cpu::kBlock) {  // locks and threads would take longer than the rows
