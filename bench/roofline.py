@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pykernels import _C, native
-from pykernels.bench import lora_calls, lora_rows, peers
+from pykernels.bench import lora_calls, lora_rows, peers, softmax_calls
 from pykernels.bench.cases import CASES, Case
 from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make, sets
 
@@ -178,7 +178,8 @@ def measure_cached(case: Case) -> Row:
     """Microseconds of a call and of its peers' on one set of inputs: medians of 40 means of 20, by turns."""
     x = make(case.spec)
     found = peers.of(case)
-    calls = {"": case.call(x)} | {peer.name: peer.theirs(case, x) for peer in found}
+    calls = {"": softmax_calls.bound(case.op, x, case.options)}
+    calls |= {peer.name: peer.theirs(case, x) for peer in found}
     means: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(40):
         for name, call in calls.items():
