@@ -80,24 +80,25 @@ def steps(work: Path) -> list[Step]:
         quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [found, "--tool", tool, *quiet, "--error-exitcode", "9", *cases]
         # Without its cache torch asks the driver for each tensor, so that one byte past its end is seen.
-        return Step(tool, command, 40, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
+        return Step(tool, command, 35, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
 
     probe = [python, "bench/device_probe.py", str(work / "probe.json")]
     targets = [python, "-m", "pykernels.bench.gpu_targets"]
     return [
-        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 10,
+        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 5,
              absent="" if wheels else "no folder wheels", always=True),
         Step("device", probe, 15, result=work / "probe.json", always=True),
-        Step("build", [*pip, "--no-build-isolation", "-e", "."], 120, ("device",),
+        Step("build", [*pip, "--no-build-isolation", "-e", "."], 110, ("device",),
              {"PYKERNELS_REQUIRE_NATIVE": "1", "PYKERNELS_REQUIRE_CUDA": "1"}),
-        Step("tests", pytest(12), 120, ready, {"OMP_NUM_THREADS": "2"}),
-        Step("large", pytest(4, "-m", "large"), 30, ready, {"PYKERNELS_LARGE": "1"}),
+        Step("tests", pytest(12), 95, ready, {"OMP_NUM_THREADS": "2"}),
+        Step("large", pytest(4, "-m", "large"), 25, ready, {"PYKERNELS_LARGE": "1"}),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        bench("table", 50),
-        bench("softmax", 70),
-        bench("peers", 50),
-        bench("llama", 40),
+        bench("table", 40),
+        bench("softmax", 60),
+        bench("lora", 90),
+        bench("peers", 30),
+        bench("llama", 35),
         Step("targets", [*targets, str(work / RUN), str(work / "targets.json")], 5, ready,
              result=work / "targets.json"),
     ]  # fmt: skip
