@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU: build, tests, sanitizers, roofline table, softmax, LoRA, peers, a whole
-# 8B layout. Needs no network. Usage: bench/device.sh [step ...]; without names every step runs. Python is $PYTHON or
-# python3, with torch, triton, pybind11, cmake, ninja and pytest. Wheels that it lacks lie in ./wheels, which git
-# ignores: for the recipes pydantic, pydantic-core, annotated-types and typing-inspection, for the comparison
-# mergekit ("pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels ..." fetches them).
+# 8B layout. Needs no network. Usage: bench/device.sh [step ...]; without names every step runs. Python is
+# $PYTHON or python3, with torch, triton, pybind11, cmake, ninja and pytest. Wheels that it lacks lie in ./wheels,
+# which git ignores: for the recipes pydantic, pydantic-core, annotated-types and typing-inspection, for
+# comparisons mergekit, and peft with accelerate, psutil and transformers
+# ("pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels ..." fetches them).
 # Results: device.json and device.log in $OUT, or in build/device. Where .git does not travel along,
 # PYKERNELS_COMMIT names the commit.
 #

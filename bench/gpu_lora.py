@@ -122,41 +122,43 @@ def _kind(case: Case) -> str:
 def _measured(case: Case, clock: Clock, left: Callable[[], float]) -> Row:
     torch.compiler.reset()
     options = case.options
-    first = lora_layers.make(case.spec.shape, case.spec.dtype, options, device=clock.device)
-    layers = [first]
-    for seed in range(1, math.ceil(3 * clock.cache / first.nbytes)):
-        layers.append(
-            lora_layers.make(case.spec.shape, case.spec.dtype, options, device=clock.device, seed=seed)
-        )
+    make = partial(lora_layers.make, case.spec.shape, case.spec.dtype, options, device=clock.device)
+    layers = [make(seed=0)]
+    layers += [make(seed=seed) for seed in range(1, math.ceil(3 * clock.cache / layers[0].nbytes))]
     samples = Samples(clock, len(layers))
     samples.add(BASE, [lora_rivals.rival(lora_rivals.FROZEN, c, options) for c in layers], {})
+
+    def ours(c: Layer) -> Call:
+        return partial(lora_layers.ours, c, options)
+
     for backend in able():
         with pykernels.use_backend(backend):
-            samples.attempt(backend, partial(_add_ours, samples, backend, layers, options))
-    for name in case.peers:
+            samples.attempt(backend, partial(_add, samples, backend, layers, options, ours, backend))
+    peers = [lora_rivals.stand_in(name, options) for name in case.peers]
+    for name in peers:
         if lora_rivals.able(name) and left() > 0:
-            samples.attempt(name, partial(_add_rival, samples, name, layers, options))
-    return figures(samples, list(case.peers), limit=min(LIMIT, left()))
+            made = partial(lora_rivals.rival, name, options=options)
+            samples.attempt(name, partial(_add, samples, name, layers, options, made))
+    return figures(samples, peers, limit=min(LIMIT, left()))
 
 
-def _add_ours(samples: Samples, backend: str, layers: Sequence[Layer], options: Options) -> None:
-    result = lora_layers.ours(layers[0], options)
-    about: Row = {"difference": lora_layers.difference(layers[0], options, result)}
-    if options.get("step"):
-        about["kept"] = kept(lambda: lora_layers.ours(layers[0], options), layers[0])
-    samples.add(backend, [partial(lora_layers.ours, c, options) for c in layers], about, backend=backend)
-
-
-def _add_rival(samples: Samples, name: str, layers: Sequence[Layer], options: Options) -> None:
-    calls = [lora_rivals.rival(name, c, options) for c in layers]
-    about: Row = {}
-    result = calls[0]()
-    if lora_rivals.checked(name, options):
+def _add(
+    samples: Samples,
+    name: str,
+    layers: Sequence[Layer],
+    options: Options,
+    made: Callable[[Layer], Call],
+    backend: str = "",
+) -> None:
+    """A call on every layer, its result held against float64 where that can be known."""
+    calls = [made(c) for c in layers]
+    result, about = calls[0](), Row()
+    if backend or lora_rivals.checked(name, options):
         plain = {**options, "dora": False} if name == lora_rivals.WITHOUT else options
         about["difference"] = lora_layers.difference(layers[0], plain, result)
     if options.get("step"):
         about["kept"] = kept(calls[0], layers[0])
-    samples.add(name, calls, about, graph=lora_rivals.capturable(name, options))
+    samples.add(name, calls, about, backend=backend, graph=lora_rivals.capturable(name, options))
 
 
 def kept(call: Call, c: Layer) -> float:
@@ -175,12 +177,12 @@ def kept(call: Call, c: Layer) -> float:
     return sum(waiting.values()) / c.x.numel()
 
 
-def figures(samples: Samples, peers: Sequence[str], *, limit: float, rounds: int | None = None) -> Row:
+def figures(samples: Samples, peers: Sequence[str], *, limit: float) -> Row:
     """Everything timed by turns: our backends against the base, and each peer against our fastest backend.
 
     "over" and its interval: times of the base; "more_us": microseconds beyond it.
     """
-    found = turns.by_turns(samples.calls, samples.clock.seconds, limit=limit, rounds=rounds or ROUNDS)
+    found = turns.by_turns(samples.calls, samples.clock.seconds, limit=limit, rounds=ROUNDS)
     sets = samples.sets
     row: Row = {"base_ms": turns.median(found, BASE) / sets * 1e3, "backends": {}, "peers": []}
     for name, about in samples.about.items():

@@ -46,12 +46,12 @@ def _more(run: Run) -> Iterator[tuple[str, float | Middle]]:
 
 
 def _ratio(peer: str, kind: str) -> Figures:
-    """How many times longer a peer takes; nothing where it did not run."""
+    """How many times longer a peer takes, or its scheme in its stead; nothing where neither ran."""
 
     def figures(run: Run) -> Iterator[tuple[str, float | Middle]]:
         for row in _rows(run, kind):
             for other in row["peers"]:
-                if other["name"] == peer and "x" in other:
+                if other["name"] in (peer, f"{peer} scheme") and "x" in other:
                     yield row["name"], Middle(other["x"], other["low"], other["high"], other["pairs"])
 
     return figures

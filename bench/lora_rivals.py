@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -20,11 +22,27 @@ FROZEN = "frozen F.linear"
 OWN = "own frozen"
 WITHOUT = "without magnitude"
 COMPILED = "peft compiled"
+SCHEME = "peft scheme"
 
 
 def able(name: str) -> bool:
     """Whether what the rival needs is installed."""
-    return not name.startswith("peft") or importlib.util.find_spec("peft") is not None
+    return name not in ("peft", COMPILED) or _peft_imports()
+
+
+def stand_in(name: str, options: Options) -> str:
+    """The rival, or the scheme that a graph of PEFT's plain layer comes to where PEFT is not installed."""
+    plain = "adapters" not in options and "dora" not in options
+    return SCHEME if name == "peft" and plain and not able(name) else name
+
+
+@functools.cache
+def _peft_imports() -> bool:
+    try:
+        importlib.import_module("peft")
+    except ImportError:
+        return False
+    return True
 
 
 def uncompiled(name: str) -> str:
@@ -43,8 +61,8 @@ def checked(name: str, options: Options) -> bool:
 
 
 def capturable(name: str, options: Options) -> bool:
-    """Whether a CUDA graph can hold the rival: PEFT's mixed batches wait for the host."""
-    return not (name == "peft" and "adapters" in options)
+    """Whether a CUDA graph can hold it: mixed batches of PEFT, and of our "torch", wait for the host."""
+    return "adapters" not in options or name not in ("peft", "torch")
 
 
 def rival(name: str, c: Layer, options: Options) -> Call:
@@ -88,7 +106,7 @@ def _vllm(c: Layer, options: Options) -> Call:
     return lambda: schemes.vllm_grouped(c.x, c.weight, low, high, c.index)
 
 
-def peft_layer(c: Layer, options: Options) -> torch.nn.Module:
+def peft_layer(c: Layer, options: Options) -> Any:
     """PEFT's layer on the same weight, adapters copied in its dtype, in the mode that the row needs."""
     peft = importlib.import_module("peft")
     n, k = c.weight.shape
@@ -98,8 +116,10 @@ def peft_layer(c: Layer, options: Options) -> torch.nn.Module:
         rank = a.A.shape[0]
         kind = {"lora_dropout": options.get("dropout", 0.0), "use_dora": bool(options.get("dora"))}
         config = peft.LoraConfig(r=rank, lora_alpha=rank * SCALING, target_modules=["layer"], **kind)
-        peft.inject_adapter_in_model(config, module, adapter_name=str(i))
-    layer: torch.nn.Module = module["layer"].to(c.x.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of a second adapter
+            peft.inject_adapter_in_model(config, module, adapter_name=str(i))
+    layer: Any = module["layer"].to(c.x.dtype)
     for i, a in enumerate(c.adapters):
         for part, value in ((layer.lora_A, a.A), (layer.lora_B, a.B)):
             part[str(i)].weight.data.copy_(value)
@@ -120,7 +140,7 @@ def _peft(c: Layer, options: Options, *, compiled: bool = False) -> Call:
         return torch.no_grad()(lambda: forward(c.x, adapter_names=names))
     if not options.get("step"):
         return torch.no_grad()(lambda: forward(c.x))
-    low = [layer.lora_A["0"].weight, layer.lora_B["0"].weight]  # type: ignore[index]
+    low = [layer.lora_A["0"].weight, layer.lora_B["0"].weight]
 
     def step() -> Result:
         x = c.x.detach().requires_grad_()
@@ -135,6 +155,7 @@ _RIVALS: dict[str, Callable[[Layer, Options], Call]] = {
     WITHOUT: lambda c, o: partial(_without, c, o),
     "peft": _peft,
     COMPILED: partial(_peft, compiled=True),
+    SCHEME: _scheme(schemes.peft),
     "addmm_": _scheme(schemes.addmm),
     "unsloth": _scheme(schemes.unsloth),
     "lorafusion": _scheme(schemes.lorafusion),

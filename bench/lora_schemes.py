@@ -22,6 +22,12 @@ def addmm(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, dropo
     return linear(x, weight).addmm_(low, B.t(), alpha=scaling)
 
 
+def peft(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    """What PEFT's Linear.forward computes (peft/tuners/lora/layer.py), without its modules."""
+    low = torch.dropout(x, dropout, True) if dropout else x
+    return linear(x, weight) + linear(linear(low, A), B) * scaling
+
+
 class _Unsloth(torch.autograd.Function):
     """``LoRA_W`` of unsloth/kernels/fast_lora.py: nothing but x is kept, h and dY B are computed again."""
 
