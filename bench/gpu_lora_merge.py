@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import pykernels
+from pykernels import backends
 from pykernels.bench import gpu_lora, lora_calls, lora_layers, lora_rivals
 from pykernels.bench.gpu_clock import Call, Clock
 from pykernels.bench.gpu_lora import BASE, Row, Samples
@@ -110,7 +111,8 @@ def _add_all(
         samples.add(name, calls, about, backend=backend)
 
     add(BASE, base)
-    for backend in gpu_lora.able("merge_lora"):
+    op = "dora_norm" if own is _norm and "dora_norm" in backends.TABLE else "merge_lora"
+    for backend in gpu_lora.able(op):
         with pykernels.use_backend(backend):
             samples.attempt(backend, partial(add, backend, own, backend))
     for name, rival in rivals.items():

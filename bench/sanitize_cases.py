@@ -146,7 +146,7 @@ ROWS: dict[str, Row] = {
     "softmax_backward": _row_gradient,
     "log_softmax_backward": _row_gradient,
     "drop_rescale": lambda f, x: [_merge(f, x, x.tuned[0], 30_000, 99, 2.0, 8192)],
-    **{op: row for op, row in sanitize_lora.ROWS.items() if "cuda" in backends.TABLE[op]},
+    **{op: row for op, row in sanitize_lora.ROWS.items() if "cuda" in backends.TABLE.get(op, ())},
 }
 """What each row of ``backends.TABLE`` is called with; a list of results to compare."""
 

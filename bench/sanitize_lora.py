@@ -81,6 +81,11 @@ def _merge_lora(function: Function, x: Inputs) -> Results:
     return results
 
 
+def _dora_norm(function: Function, x: Inputs) -> Results:
+    c = _Layer(x)
+    return [function(c.weight, a, b, s) for a, b, s in c.adapters]
+
+
 def _forward(function: Function, x: Inputs) -> Results:
     c, results = _Layer(x), []
     for adapters, index, bias, *drop in c.cases():
@@ -105,10 +110,11 @@ def _backward(function: Function, x: Inputs) -> Results:
 
 ROWS: dict[str, Callable[[Function, Inputs], Results]] = {
     "merge_lora": _merge_lora,
+    "dora_norm": _dora_norm,
     "lora_linear": _forward,
     "lora_linear_backward": _backward,
 }
-"""As ``sanitize_cases.ROWS``; a row counts once a device's backend has the op."""
+"""As ``sanitize_cases.ROWS``; a row counts once CUDA has the op."""
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
