@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pykernels.backends import BACKENDS
 from pykernels.bench.turns import Middle
 
 Run = dict[str, Any]
@@ -71,6 +72,14 @@ def _over_one(run: Run) -> Iterator[tuple[str, float | Middle]]:
             yield row["name"], Middle(c["over_one"], c["one_low"], c["one_high"], c["pairs"])
 
 
+def _traffic(run: Run) -> Iterator[tuple[str, float | Middle]]:
+    """GiB of our backend that moves least."""
+    ours = {who: n for who, n in run.get("traffic", {}).get("bytes", {}).items() if who in BACKENDS}
+    if ours:
+        who = min(ours, key=ours.__getitem__)
+        yield who, ours[who] / 2**30
+
+
 _ONE_LAYER: dict[str, Any] = {"rank": 16, "adapters": 1}
 
 ROWS: tuple[tuple[str, str, bool, float, float | None, Figures], ...] = (
@@ -84,6 +93,7 @@ ROWS: tuple[tuple[str, str, bool, float, float | None, Figures], ...] = (
     ("the same with dropout 0.1", "x", True, 1.35, None, _ratio("peft", "step dropout")),
     ("kept for the backward pass with dropout", "bytes per element of x", False, 0.1, None,
      _figure("step dropout", "kept")),
+    ("bytes to and from memory, step with dropout", "GiB", False, 1.1, 0.95, _traffic),
     ("merge_lora r=16, one 4096 x 4096 layer", "us", False, 20, 16,
      _figure("merge_lora", "ms", 1e3, **_ONE_LAYER)),
     ("merge_lora, elements not rounded rightly", "%", False, 0.01, None,

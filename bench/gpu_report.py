@@ -27,6 +27,12 @@ def markdown(run: Run) -> str:
         parts += ["", *_softmax(rows)]
     if rows := [row for row in run.get("lora", {}).get("rows", ()) if "fastest" in row]:
         parts += ["", *_lora(rows)]
+    if moved := run.get("traffic", {}).get("bytes"):
+        said = ", ".join(f"{who} {count / 2**30:.3f} GiB" for who, count in moved.items())
+        parts += [
+            "",
+            f"A step with dropout 0.1, {run['traffic']['about']}, moves to and from memory: {said}.",
+        ]
     if whole := run.get("llama"):
         parts += ["", *_whole(whole)]
     if rows := [row for row in run.get("peers", {}).get("rows", ()) if row["peers"]]:
