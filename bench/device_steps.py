@@ -82,7 +82,7 @@ def steps(work: Path) -> list[Step]:
         quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [found, "--tool", tool, *quiet, "--error-exitcode", "9", *cases]
         # Without its cache torch asks the driver for each tensor, so that one byte past its end is seen.
-        return Step(tool, command, 35, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
+        return Step(tool, command, 40, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
 
     probe = [python, "bench/device_probe.py", str(work / "probe.json")]
     ncu = shutil.which("ncu", path=_search_path()) or "ncu"
@@ -100,8 +100,8 @@ def steps(work: Path) -> list[Step]:
         sanitizer("racecheck"),
         bench("table", 35),
         bench("softmax", 55),
-        bench("lora", 85),
-        Step("traffic", [*counts, "--out", str(work / "traffic.json")], 30, ready, tool=ncu,
+        bench("lora", 80),
+        Step("traffic", [*counts, "--out", str(work / "traffic.json")], 25, ready, tool=ncu,
              result=work / "traffic.json"),
         bench("peers", 30),
         bench("llama", 30),

@@ -40,7 +40,7 @@ def forever() -> float:
 
 @pytest.fixture
 def host(monkeypatch):
-    """Few rounds, the compiler's front alone, and where a device's kernels need one, the CPU's in their stead."""
+    """Few rounds, the compiler's front alone; kernels that need a device leave their place to the CPU's."""
     if torch.cuda.is_available():
         monkeypatch.setattr(gpu_lora, "able", lambda op="": ["cpu"])
     monkeypatch.setattr(gpu_lora, "ROUNDS", 2)
