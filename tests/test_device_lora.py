@@ -40,17 +40,17 @@ def forever() -> float:
 
 @pytest.fixture
 def host(monkeypatch):
-    """Few rounds, the compiler's front alone; kernels that need a device leave their place to the CPU's."""
-    if torch.cuda.is_available():
-        monkeypatch.setattr(gpu_lora, "able", lambda op="": ["cpu"])
+    """Few rounds, the compiler's front alone, and the CPU's kernels in the place of a device's."""
+    monkeypatch.setattr(
+        gpu_lora, "able", lambda op="lora_linear": ["cpu", "torch"][: 1 + (op == "lora_linear")]
+    )
     monkeypatch.setattr(gpu_lora, "ROUNDS", 2)
     monkeypatch.setattr(turns, "ROUNDS", 2)
     compile_without_inductor(monkeypatch)
     return HostClock()
 
 
-def test_every_layer_of_the_devices_table_is_measured_by_each_backend(host):
-    """By the kernels for devices, emulated and interpreted, where there are any."""
+def test_every_layer_of_the_devices_table_is_measured(host):
     wanted = [*gpu_lora.CASES, *gpu_lora.COMPILED]
     rows = list(gpu_lora.measure([small(c) for c in wanted], host, left=forever))
     assert len({c.name for c in gpu_lora.CASES}) == len(gpu_lora.CASES)
@@ -73,8 +73,7 @@ def test_every_layer_of_the_devices_table_is_measured_by_each_backend(host):
         assert column["kept"] == pytest.approx(4 * 16 / SHAPE[1], rel=0.02)  # h alone
 
 
-def test_merges_and_norms_of_the_devices_table_are_measured(host, monkeypatch):
-    monkeypatch.setattr(gpu_lora, "able", lambda op="": ["cpu"])
+def test_merges_and_norms_of_the_devices_table_are_measured(host):
     rows = list(gpu_lora_merge.measure(host, left=forever, shape=(70, 48)))
     layout = Layout(hidden=32, layers=1, intermediate=48, vocabulary=10, key_value=16)
     rows += gpu_lora_whole.measure(host, left=forever, layout=layout, reserve=0)
@@ -89,13 +88,29 @@ def test_merges_and_norms_of_the_devices_table_are_measured(host, monkeypatch):
     assert rows[-1]["name"] in gpu_report.markdown(json.loads(json.dumps(found)))
 
 
-def test_the_devices_kernels_merge_where_they_are(host):
-    """Emulated and interpreted: one row is enough, as each of their launches takes long here."""
-    able = gpu_lora.able("merge_lora")
-    rows = gpu_lora_merge.measure(host, left=forever, shape=(17, 24))
-    first = next(iter(rows))
-    assert set(first["backends"]) == set(able)
-    assert all("ms" in column for column in first["backends"].values()), first
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they are emulated and interpreted where no device is")
+@pytest.mark.parametrize(
+    "options",
+    [{"rows": 2}, {"rows": 3, "adapters": 2}, {"rows": 3, "step": True, "dropout": 0.1}],
+    ids=["decode", "adapters", "step"],
+)
+def test_the_devices_kernels_run_in_the_table(options, monkeypatch):
+    """cuda and triton where they have the op: few rows, as each launch takes long here."""
+    monkeypatch.setattr(gpu_lora, "ROUNDS", 1)
+    case = cases.Case("lora_linear", Spec((16, 24), n=1), {"rank": 4, **options})
+    [row] = gpu_lora.measure([case], HostClock(), left=forever)
+    assert set(row["backends"]) == set(gpu_lora.able())
+    assert all("ms" in column for column in row["backends"].values()), row
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they are emulated and interpreted where no device is")
+def test_the_devices_kernels_merge_in_the_table(monkeypatch):
+    monkeypatch.setattr(gpu_lora, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_lora_merge, "ROWS", (("merge_lora", 4, 2), ("dora_norm", 4, 1)))
+    for row in gpu_lora_merge.measure(HostClock(), left=forever, shape=(16, 24)):
+        own = row["op"] if row["op"] in backends.TABLE else "merge_lora"
+        assert set(row["backends"]) == set(gpu_lora.able(own))
+        assert all("ms" in column for column in row["backends"].values()), row
 
 
 def test_what_does_not_fit_or_is_late_says_so(host):
@@ -117,7 +132,6 @@ def test_a_kernel_that_errs_costs_its_own_column_only(host, monkeypatch):
             raise RuntimeError("no such kernel")
         return real(c, options)
 
-    monkeypatch.setattr(gpu_lora, "able", lambda op="": ["cpu", "torch"])
     monkeypatch.setattr(lora_layers, "ours", ours)
     found = gpu.collect(gpu_lora.measure([small(gpu_lora.CASES[0])], host, left=forever), json.dumps)
     assert found["rows"][0]["fastest"] == "cpu"
@@ -249,7 +263,6 @@ def test_softmax_is_timed_on_every_backend_and_says_which_is_faster(monkeypatch)
 
 
 def test_ours_is_forced_onto_the_named_backend(host, monkeypatch):
-    monkeypatch.setattr(gpu_lora, "able", lambda op="": ["cpu", "torch"])
     seen = []
     real = pykernels.lora_linear
 
