@@ -23,6 +23,7 @@ Run = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- bench:begin (generated) -->", "<!-- bench:end -->"
+_SAID = {True: "yes", False: "NO", None: "not resolved"}
 HEAD = ("case", "ms", "GB/s", "% of copy", "x ideal", "target", "x faster than")
 
 
@@ -106,8 +107,8 @@ def peer(found: Row) -> str:
     text = f"{found['name']} {found['x']:.3g}x"
     if "pairs" not in found or (found["pairs"] < turns.ROUNDS and found["met"] is not None):
         return text
-    said = {True: "yes", False: "NO", None: "not resolved"}[found["met"]]
-    return f"{text} ({found['low']:.3g} to {found['high']:.3g}; >= {found['least']:.3g}: {said})"
+    bound = f">= {found['least']:.3g}: {_SAID[found['met']]}"
+    return f"{text} ({found['low']:.3g} to {found['high']:.3g}; {bound})"
 
 
 def target(row: Row) -> str:
@@ -117,7 +118,7 @@ def target(row: Row) -> str:
         return ""
     sign, value = ("<=", bound["most"]) if "most" in bound else (">=", bound["least"])
     against = f" x {bound['word']} (is {row['ratio']:.2f})" if bound["word"] else ""
-    return f"{sign} {value:g}{against}: {'yes' if row['met'] else 'NO'}"
+    return f"{sign} {value:g}{against}: {_SAID[row['met']]}"
 
 
 def markdown(run: Run) -> str:

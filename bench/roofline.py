@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pykernels import _C, native
-from pykernels.bench import lora_calls, lora_rows, peers
+from pykernels.bench import lora_calls, lora_rows, peers, turns
 from pykernels.bench.cases import CASES, Case
 from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make, sets
 
@@ -204,8 +204,9 @@ def measure_turns(case: Case) -> Row:
     layer = lora_rows.layer_of(make(case.spec), case.options)
     found = (lora_rows.measure_over if over else lora_rows.measure)(layer, case.options, case.peers)
     row = _row(case, found.pop("value"), "us" if over else "ms") | found
-    if over:
-        judge(row, case, row["value"])
+    if over and case.target.most is not None:
+        beyond = turns.Middle(row["value"], row["low"], row["high"], row["pairs"])
+        row |= {"ratio": row["value"], "met": beyond.within(case.target.most, least=False)}
     return row
 
 

@@ -157,9 +157,13 @@ def test_a_row_of_the_cpus_table_reads_well():
     )
 
 
-def test_the_table_takes_such_rows(monkeypatch):
-    monkeypatch.setattr(lora_rows, "LIMIT", 0.01)
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(5.0, 29.0, "yes"), (31.0, 40.0, "NO"), (-9.0, 40.0, "not resolved")]
+)
+def test_what_a_call_takes_beyond_torchs_is_judged_by_its_interval(low, high, said, monkeypatch):
     case = small(next(c for c in cases.CASES if c.kind == "over"))
+    found = {"value": (low + high) / 2, "low": low, "high": high, "pairs": 200, "peers": []}
+    monkeypatch.setattr(lora_rows, "measure_over", lambda *arguments: dict(found))
     monkeypatch.setattr(roofline, "CASES", (case,))
     [row] = roofline.run(lambda case: True)
-    assert row["unit"] == "us" and row["met"] == (row["value"] <= 30)
+    assert row["unit"] == "us" and report.cells(row)[-2] == f"<= 30: {said}"
