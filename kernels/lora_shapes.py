@@ -1,0 +1,91 @@
+"""The blocks of LoRA's kernels, by dtype, rank and number of rows: every choice of sizes stands here.
+
+They follow from sizes and the device's shared memory alone; none was measured. Ranks are padded to a power
+of two from 16 on, ranks above a block go round.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pykernels.kernels.launch import INTERPRETED
+from pykernels.kernels.row_shapes import power_of_two
+
+FEW = 32
+"""Rows up to which a call streams the weight for one tile of rows."""
+PROGRAMS = 256
+"""As many programs a launch is cut into where its tiles alone would leave a device idle."""
+LARGE_TILE = 160 << 10
+"""Bytes of shared memory of a block that the largest tile's three stages take, and some room."""
+LEAST_DEPTH = 256
+"""Elements of the summed dimension that a part of a split sum has at the least."""
+
+
+class Shape(NamedTuple):
+    """A program's tile [rows, columns], the depth of a step of its sum, and how it is run."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def fixed(self, steps: int) -> dict[str, int]:
+        """Constants of a kernel. The interpreter can not loop up to a number given at run time."""
+        return {
+            "ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "num_warps": self.warps,
+            "num_stages": self.stages, "STEPS": max(1, steps) if INTERPRETED else 0,
+        }  # fmt: skip
+
+
+FEW_ROWS = Shape(32, 32, 128, 4, 4)
+MANY_ROWS = Shape(128, 128, 64, 8, 3)
+MOST_ROWS = Shape(128, 256, 64, 8, 3)
+LOW_ALONE = Shape(64, 128, 32, 4, 2)
+"""Without the frozen product, which is torch's own in float32."""
+SHRINK_FEW = Shape(16, 64, 128, 4, 4)
+SHRINK = Shape(64, 64, 128, 4, 3)
+REDUCE = Shape(64, 128, 64, 4, 3)
+"""Columns are of the wide operand, rows of the rank; depth counts rows of x."""
+MERGE = Shape(64, 128, 32, 4, 2)
+SQUARES = Shape(32, 128, 32, 4, 2)
+
+
+def rank_block(rank: int, most: int) -> int:
+    """A power of two from 16 to ``most``."""
+    return min(most, max(16, power_of_two(rank)))
+
+
+def product(m: int, dtype: torch.dtype, device: torch.device) -> Shape:
+    """Of the frozen product with the adapter's term, or of that term alone."""
+    if dtype == torch.float32:
+        return LOW_ALONE
+    if m <= FEW:
+        return FEW_ROWS
+    return MOST_ROWS if _shared_memory(device) >= LARGE_TILE else MANY_ROWS
+
+
+def shrink(m: int, rank: int) -> Shape:
+    """Of h = x A^T; columns are of the rank."""
+    shape = SHRINK_FEW if m <= FEW // 2 else SHRINK
+    return shape._replace(columns=rank_block(rank, shape.columns))
+
+
+def reduce(rank: int) -> Shape:
+    """Of the gradients of A and B."""
+    return REDUCE._replace(rows=rank_block(rank, REDUCE.rows))
+
+
+def splits(programs: int, length: int, least: int) -> int:
+    """Parts of a sum over ``length`` so that about PROGRAMS run, each of ``least`` terms or more."""
+    return max(1, min(length // least, PROGRAMS // max(1, programs)))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may take; the interpreter takes what there is."""
+    if device.type != "cuda":
+        return 0
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return found
