@@ -21,11 +21,11 @@ def kept(
     elements; else each element makes a call of its own.
     """
     if TILED:
-        first = (rows[:, None] * columns + begin) // 8
+        first = (rows[:, None].to(tl.int64) * columns + begin) // 8
         call = tl.reshape(first + tl.arange(0, COLUMNS // 8)[None, :], [ROWS * COLUMNS // 8])
         draw = tl.reshape(draws(key, threshold * 0, call, ROWS * COLUMNS), [ROWS, COLUMNS])
     else:
-        flat = rows[:, None] * columns + begin + tl.arange(0, COLUMNS)[None, :]
+        flat = rows[:, None].to(tl.int64) * columns + begin + tl.arange(0, COLUMNS)[None, :]
         inner = (flat % TILE).to(tl.int32)
         call = flat // TILE * 16 + inner % 32 // 2
         zero = tl.zeros([ROWS, COLUMNS], tl.uint32)

@@ -38,21 +38,20 @@ VARYING = (
 
 @triton.jit
 def raised(
-    low, rows, mine, columns, inside, ranks, address, across, along, rank, scaling,
+    acc, low, rows, mine, columns, inside, ranks, address, across, along, rank, scaling,
     FORM: tl.constexpr, LOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """scaling * low B^T of a tile, for the rows of one adapter; 0 in the others."""
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    """acc + (scaling * low) B^T of a tile, for the rows of one adapter; the product is a float32."""
     first = rank * 0
     while first < rank:
         slot = first + tl.arange(0, RANKS)
         live = slot < rank
-        h = tl.load(low + rows[:, None] * ranks + slot[None, :], mask=mine[:, None] & live[None, :], other=0)
+        h = tl.load(low + rows[:, None].to(tl.int64) * ranks + slot[None, :], mask=mine[:, None] & live[None, :], other=0)
         place = factor_places(address, across, along, slot[:, None], columns[None, :], LOW, FORM)
         factor = tl.load(place, mask=live[:, None] & inside[None, :], other=0)
-        total = multiply(total, h, factor, tl.float32, LOW)
+        acc = multiply(acc, h * scaling, factor, tl.float32, LOW)
         first += RANKS
-    return total * scaling
+    return acc
 
 
 @triton.jit
@@ -62,7 +61,7 @@ def frozen(
 ):  # fmt: skip
     """acc + x [M, K] W [K, N] of a tile."""
     lane = tl.arange(0, DEPTH).to(tl.int64)
-    left = x + rows[:, None] * sx0 + lane[None, :] * sx1
+    left = x + rows[:, None].to(tl.int64) * sx0 + lane[None, :] * sx1
     right = weight + lane[:, None] * sw0 + columns[None, :] * sw1
     for step in range(0, STEPS if STEPS > 0 else tl.cdiv(k, DEPTH)):
         if EVEN:
@@ -81,7 +80,7 @@ def frozen(
 @triton.jit(do_not_specialize=VARYING)
 def _lora_product(
     out, x, weight, bias, low, order, ids, table, m: tl.int64, n, k, sx0, sx1, sw0, sw1, ranks: tl.int64,
-    tiles: tl.int64, adapters: tl.int64, address: tl.int64, across: tl.int64, along: tl.int64, rank: tl.int64,
+    tiles: tl.int64, adapters: tl.int32, address: tl.int64, across: tl.int64, along: tl.int64, rank: tl.int64,
     scaling, threshold, key: tl.int64,
     FROZEN: tl.constexpr, BIASED: tl.constexpr, DROP: tl.constexpr, TILED: tl.constexpr, GROUPED: tl.constexpr,
     FIELD: tl.constexpr, FORM: tl.constexpr, LOW: tl.constexpr, IN: tl.constexpr, EVEN: tl.constexpr,
@@ -95,22 +94,22 @@ def _lora_product(
     inner = pid % (TOGETHER * wide)
     begin = inner // beside * COLUMNS
     place = (first + inner % beside) * ROWS + tl.arange(0, ROWS)
-    rows, mine, exists = rows_at(order, ids, place, m, GROUPED)
+    rows, mine, exists = rows_at(order, ids, place, m, adapters, GROUPED)
     columns = begin + tl.arange(0, COLUMNS)
     inside = columns < n
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     if GROUPED:
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-        adapter = next_adapter(mine, tiles * 0 - 1, adapters, 0, 1)
+        adapter = next_adapter(mine, -1, adapters, 0, 1)
         while adapter < adapters:
             address, across, along, rank = factor_at(table, adapter, 0, 0, 0, 0, FIELD, True)
-            acc += raised(
-                low, rows, mine == adapter, columns, inside, ranks, address, across, along, rank,
+            acc = raised(
+                acc, low, rows, mine == adapter, columns, inside, ranks, address, across, along, rank,
                 scaling_at(table, adapter, 0, True), FORM, LOW, ROWS, COLUMNS, RANKS,
             )  # fmt: skip
             adapter = next_adapter(mine, adapter, adapters, 0, 1)
     else:
         acc = raised(
-            low, rows, exists, columns, inside, ranks, address, across, along, rank, scaling,
+            acc, low, rows, exists, columns, inside, ranks, address, across, along, rank, scaling,
             FORM, LOW, ROWS, COLUMNS, RANKS,
         )  # fmt: skip
     if DROP:
@@ -120,9 +119,9 @@ def _lora_product(
     if FROZEN:
         acc = frozen(acc, x, weight, rows, columns, inside, k, sx0, sx1, sw0, sw1, EVEN, DEPTH, STEPS)
     if GROUPED:
-        acc = tl.where(((mine < -1) | (mine >= adapters))[:, None], float("nan"), acc)
+        acc = tl.where((mine == adapters)[:, None], float("nan"), acc)
     bits = rounded(acc, IN)
-    to = out.to(tl.pointer_type(bits.dtype)) + rows[:, None] * n + columns[None, :]
+    to = out.to(tl.pointer_type(bits.dtype)) + rows[:, None].to(tl.int64) * n + columns[None, :]
     tl.store(to, bits, mask=exists[:, None] & inside[None, :])
 
 
@@ -142,8 +141,10 @@ def product(
     ``drop`` takes out of the adapter's term. float32: torch's own product is added to that.
     """
     (m, k), n, whole = x.shape, weight.shape[1], x.dtype != torch.float32
-    shape = lora_shapes.product(m, x.dtype, x.device)
-    tiles, (threshold, key) = -(-m // shape.rows), drop
+    threshold, key = drop
+    plain = rows.ids is None and threshold == DROPS_NOTHING and factors.dtype == x.dtype
+    shape = lora_shapes.product(m, x.dtype, x.device, plain)
+    tiles = -(-m // shape.rows)
     run(
         "lora_linear", _lora_product, tiles * -(-n // shape.columns), x,
         out, x, weight, bias, low, rows.order, rows.ids, m=m, n=n, k=k, sx0=x.stride(0), sx1=x.stride(1),
@@ -153,7 +154,7 @@ def product(
         FROZEN=whole, BIASED=bias is not None, DROP=threshold < DROPS_NOTHING,
         TILED=n % 128 == 0 and shape.columns % 128 == 0, LOW=READS[factors.dtype], IN=READS[x.dtype],
         EVEN=k % shape.depth == 0 and n % shape.columns == 0,
-        RANKS=lora_shapes.rank_block(low.shape[1], 64),
+        RANKS=lora_shapes.RANKS,
         **factors.of(field), **shape.fixed(-(-k // shape.depth)),
     )  # fmt: skip
     if not whole:

@@ -29,20 +29,27 @@ WORDS = tl.constexpr(10)
 LOOSE, ALONG, ACROSS = 0, 1, 2
 """How factors lie: anyhow; aligned and contiguous along their long dimension; or along the rank."""
 
+FEW_WORDS = 3 * table.WORDS
+"""Words that launches carry to the device sooner than a copy from pinned memory is made."""
+
 Adapter = tuple[torch.Tensor, torch.Tensor, float]
 Gradients = Sequence[torch.Tensor | None]
 
 
 @triton.jit
-def rows_at(order, ids, place, m, GROUPED: tl.constexpr):
-    """(rows, their adapters, whether they exist) at places of the order; a row that does not exist is 0."""
+def rows_at(order, ids, place, m, adapters, GROUPED: tl.constexpr):
+    """(rows, their adapters, whether they exist) at places of the order: int32, which takes few registers.
+
+    A row that does not exist is 0; an adapter is -1 for none, and ``adapters`` where the index names none.
+    """
     exists = place < m
     if GROUPED:
-        rows = tl.load(order + place, mask=exists, other=0)
-        mine = tl.load(ids + place, mask=exists, other=-1)
+        rows = tl.load(order + place, mask=exists, other=0).to(tl.int32)
+        named = tl.load(ids + place, mask=exists, other=-1)
+        mine = tl.where((named < -1) | (named >= adapters), adapters, named).to(tl.int32)
     else:
-        rows = tl.where(exists, place, 0)
-        mine = tl.where(exists, 0, -1)
+        rows = tl.where(exists, place, 0).to(tl.int32)
+        mine = tl.where(exists, 0, -1).to(tl.int32)
     return rows, mine, exists
 
 
@@ -57,7 +64,7 @@ def next_adapter(mine, last, count, lot, lots):
 def factor_at(rows, adapter, address, across, along, rank, FIELD: tl.constexpr, GROUPED: tl.constexpr):
     """(address, stride along the rank, other stride, rank) of a factor: from the table, or as given."""
     if GROUPED:
-        row = rows + adapter * WORDS
+        row = rows + adapter.to(tl.int64) * WORDS
         address = tl.load(row + FIELD)
         across = tl.load(row + FIELD + 1)
         along = tl.load(row + FIELD + 2)
@@ -147,7 +154,7 @@ def factors_of(
         words += [0 if i >= len(by) or (t := by[i]) is None else t.data_ptr() for by in (by_a, by_b)]
     words += [0] * (-len(words) % table.WORDS or table.WORDS * (not words))
     rows = torch.empty(len(words), dtype=torch.int64, device=index.device)
-    fill(rows, words)
+    fill(rows, words, alone=len(words) <= FEW_WORDS)
     return Factors(given, rows, forms)
 
 

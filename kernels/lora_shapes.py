@@ -17,8 +17,8 @@ FEW = 32
 """Rows up to which a call streams the weight for one tile of rows."""
 PROGRAMS = 256
 """As many programs a launch is cut into where its tiles alone would leave a device idle."""
-LARGE_TILE = 160 << 10
-"""Bytes of shared memory of a block that the largest tile's three stages take, and some room."""
+LARGE_TILE = 200 << 10
+"""Bytes of shared memory of a block, and more, where accumulators are outside of the threads' operands."""
 LEAST_DEPTH = 256
 """Elements of the summed dimension that a part of a split sum has at the least."""
 
@@ -41,16 +41,20 @@ class Shape(NamedTuple):
 
 
 FEW_ROWS = Shape(32, 32, 128, 4, 4)
+SOME_ROWS = Shape(64, 128, 64, 8, 3)
 MANY_ROWS = Shape(128, 128, 64, 8, 3)
 MOST_ROWS = Shape(128, 256, 64, 8, 3)
-LOW_ALONE = Shape(64, 128, 32, 4, 2)
+LOW_ALONE = Shape(64, 128, 32, 8, 2)
 """Without the frozen product, which is torch's own in float32."""
+RANKS = 16
+"""Ranks of a step of the adapter's term."""
 SHRINK_FEW = Shape(16, 64, 128, 4, 4)
 SHRINK = Shape(64, 64, 128, 4, 3)
 REDUCE = Shape(64, 128, 64, 4, 3)
 """Columns are of the wide operand, rows of the rank; depth counts rows of x."""
-MERGE = Shape(64, 128, 32, 4, 2)
-SQUARES = Shape(32, 128, 32, 4, 2)
+MERGE = Shape(64, 128, 16, 8, 2)
+SQUARES = Shape(32, 128, 16, 4, 2)
+"""Depth counts the rank."""
 
 
 def rank_block(rank: int, most: int) -> int:
@@ -58,13 +62,18 @@ def rank_block(rank: int, most: int) -> int:
     return min(most, max(16, power_of_two(rank)))
 
 
-def product(m: int, dtype: torch.dtype, device: torch.device) -> Shape:
-    """Of the frozen product with the adapter's term, or of that term alone."""
+def product(m: int, dtype: torch.dtype, device: torch.device, plain: bool) -> Shape:
+    """Of the frozen product with the adapter's term, or of that term alone.
+
+    ``plain``: one 16-bit adapter and nothing dropped; all else takes registers that a large tile has not.
+    """
     if dtype == torch.float32:
         return LOW_ALONE
     if m <= FEW:
         return FEW_ROWS
-    return MOST_ROWS if _shared_memory(device) >= LARGE_TILE else MANY_ROWS
+    if _shared_memory(device) >= LARGE_TILE:
+        return MOST_ROWS if plain else MANY_ROWS
+    return MANY_ROWS if plain else SOME_ROWS
 
 
 def shrink(m: int, rank: int) -> Shape:

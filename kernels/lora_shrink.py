@@ -38,20 +38,20 @@ def shrunk(
         at = begin + step * DEPTH
         column = at + lane
         inside = column < end
-        place = x + rows[:, None] * sx0 + column[None, :] * sx1
+        place = x + rows[:, None].to(tl.int64) * sx0 + column[None, :] * sx1
         part = tl.load(place, mask=mine[:, None] & inside[None, :], other=0)
         if DROP:
             part = tl.where(kept(key, threshold, rows, at, k, ROWS, DEPTH, TILED), part, 0)
         place = factor_places(address, across, along, slot[None, :], column[:, None], LOW, FORM)
         factor = tl.load(place, mask=(slot < rank)[None, :] & inside[:, None], other=0)
         acc = multiply(acc, part, factor, IN, LOW)
-    tl.store(low + rows[:, None] * ranks + slot[None, :], acc, mask=mine[:, None] & (slot < ranks)[None, :])
+    tl.store(low + rows[:, None].to(tl.int64) * ranks + slot[None, :], acc, mask=mine[:, None] & (slot < ranks)[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _lora_shrink(
     low, x, order, ids, table, m: tl.int64, k, sx0, sx1, ranks: tl.int64, chunk: tl.int64, splits: tl.int64,
-    lots: tl.int64, adapters: tl.int64, address: tl.int64, across: tl.int64, along: tl.int64, rank: tl.int64,
+    lots: tl.int32, adapters: tl.int32, address: tl.int64, across: tl.int64, along: tl.int64, rank: tl.int64,
     threshold, key: tl.int64,
     DROP: tl.constexpr, TILED: tl.constexpr, GROUPED: tl.constexpr, FIELD: tl.constexpr, FORM: tl.constexpr,
     LOW: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -62,14 +62,14 @@ def _lora_shrink(
     across_rank = tl.cdiv(ranks, COLUMNS)
     first = pid % across_rank * COLUMNS
     split = pid // across_rank % splits
-    lot = pid // (across_rank * splits) % lots
+    lot = (pid // (across_rank * splits) % lots).to(tl.int32)
     place = pid // (across_rank * splits * lots) * ROWS + tl.arange(0, ROWS)
-    rows, mine, exists = rows_at(order, ids, place, m, GROUPED)
+    rows, mine, exists = rows_at(order, ids, place, m, adapters, GROUPED)
     begin = split * chunk
     end = tl.minimum(begin + chunk, k)
     low += split * m * ranks
     if GROUPED:
-        adapter = next_adapter(mine, lot * 0 - 1, adapters, lot, lots)
+        adapter = next_adapter(mine, -1, adapters, lot, lots)
         while adapter < adapters:
             address, across, along, rank = factor_at(table, adapter, 0, 0, 0, 0, FIELD, True)
             if first < rank:
