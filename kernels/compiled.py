@@ -255,7 +255,15 @@ def lora_layers() -> Iterator[Configuration]:
     """Linear layers with LoRA: large tiles, those that take most registers, and few rows."""
     half, wide = tl.bfloat16, tl.float32
     made, small, large = lora_product._lora_product, {"until": 80}, {"since": 90}
-    plain = {"FROZEN": True, "BIASED": False, "DROP": False, "GROUPED": False, "EVEN": True, "sw0": 1, "bias": None}
+    plain = {
+        "FROZEN": True,
+        "BIASED": False,
+        "DROP": False,
+        "GROUPED": False,
+        "EVEN": True,
+        "sw0": 1,
+        "bias": None,
+    }
     back = {**plain, "sw0": None, "sw1": 1, "FORM": lora_rows.ALONG, "DROP": True}
     del back["sw0"]
     many = {**plain, "GROUPED": True, "EVEN": False, "BIASED": True, "LOW": wide}
@@ -268,14 +276,17 @@ def lora_layers() -> Iterator[Configuration]:
     yield layer(made, lora_shapes.SOME_ROWS, half, **small, **many)
     yield layer(made, lora_shapes.FEW_ROWS, half, **many)
     yield layer(made, lora_shapes.LOW_ALONE, wide, **{**many, "FROZEN": False})
+    alike, drop = {"GROUPED": True, "DROP": False}, {"GROUPED": False, "DROP": True, "FORM": lora_rows.ALONG}
+    f16, f32 = torch.bfloat16, torch.float32
     for shape, dtype, more in (
-        (lora_shapes.SHRINK_FEW, half, {"GROUPED": True, "DROP": False, "LOW": wide}),
-        (lora_shapes.SHRINK, half, {"GROUPED": False, "DROP": True, "FORM": lora_rows.ALONG}),
-        (lora_shapes.SHRINK, wide, {"GROUPED": True, "DROP": False}),
+        (lora_shapes.shrink(1, 64, f16, f32), half, {**alike, "LOW": wide}),
+        (lora_shapes.shrink(99, 64, f16, f16), half, drop),
+        (lora_shapes.shrink(99, 64, f16, f32), half, {**drop, "LOW": wide}),
+        (lora_shapes.shrink(99, 64, f32, f32), wide, alike),
     ):
         yield layer(lora_shrink._lora_shrink, shape, dtype, **more)
-    for dtype, more in ((half, {"GROUPED": False, "DROP": True}), (wide, {"GROUPED": True, "DROP": False})):
-        yield layer(lora_reduce._lora_reduce, lora_shapes.REDUCE, dtype, **more)
+    yield layer(lora_reduce._lora_reduce, lora_shapes.reduce(64, f16), half, **drop)
+    yield layer(lora_reduce._lora_reduce, lora_shapes.reduce(64, f32), wide, **alike)
 
 
 def lora_merges() -> Iterator[Configuration]:
@@ -283,8 +294,8 @@ def lora_merges() -> Iterator[Configuration]:
     taken = {"rows": "*i64", "jobs": "i32", "stride": "i32"}
     for kernel, shape, low, more in (
         (merge_lora._merge_lora, lora_shapes.MERGE, tl.bfloat16, {"SCALED": False, "TO": tl.bfloat16}),
-        (merge_lora._merge_lora, lora_shapes.MERGE, tl.float32, {"SCALED": True, "TO": tl.bfloat16}),
-        (merge_lora._lora_squares, lora_shapes.SQUARES, tl.float32, {}),
+        (merge_lora._merge_lora, lora_shapes.MERGE_SCALED, tl.float32, {"SCALED": True, "TO": tl.bfloat16}),
+        (merge_lora._lora_squares, lora_shapes.MERGE_SCALED, tl.float32, {}),
     ):
         fixed = {name: value for name, value in shape.fixed(0).items() if name.isupper() and name != "STEPS"}
         fixed |= {"BY_COLUMN": False, "LOW": low, "IN": tl.bfloat16, "ALIGN": 16, "LOW_ALIGN": 1, **more}

@@ -46,7 +46,11 @@ def raised(
     while first < rank:
         slot = first + tl.arange(0, RANKS)
         live = slot < rank
-        h = tl.load(low + rows[:, None].to(tl.int64) * ranks + slot[None, :], mask=mine[:, None] & live[None, :], other=0)
+        h = tl.load(
+            low + rows[:, None].to(tl.int64) * ranks + slot[None, :],
+            mask=mine[:, None] & live[None, :],
+            other=0,
+        )
         place = factor_places(address, across, along, slot[:, None], columns[None, :], LOW, FORM)
         factor = tl.load(place, mask=live[:, None] & inside[None, :], other=0)
         acc = multiply(acc, h * scaling, factor, tl.float32, LOW)
@@ -152,7 +156,7 @@ def product(
         adapters=len(factors.given), threshold=threshold, key=key,
         scaling=0.0 if rows.ids is not None else single(factors.given[0][2]),
         FROZEN=whole, BIASED=bias is not None, DROP=threshold < DROPS_NOTHING,
-        TILED=n % 128 == 0 and shape.columns % 128 == 0, LOW=READS[factors.dtype], IN=READS[x.dtype],
+        TILED=lora_shapes.tiled(n, shape.columns), LOW=READS[factors.dtype], IN=READS[x.dtype],
         EVEN=k % shape.depth == 0 and n % shape.columns == 0,
         RANKS=lora_shapes.RANKS,
         **factors.of(field), **shape.fixed(-(-k // shape.depth)),

@@ -130,7 +130,7 @@ def reduce(
     if all(t is None for t in targets) or not low.shape[1]:
         return
     (m, n), ranks, count, grouped = x.shape, low.shape[1], len(targets), rows.ids is not None
-    shape, (threshold, key) = lora_shapes.reduce(ranks), drop
+    shape, (threshold, key) = lora_shapes.reduce(ranks, x.dtype), drop
     tiles = -(-n // shape.columns) * -(-ranks // shape.rows) * count
     splits = lora_shapes.splits(tiles, m, LEAST_ROWS)
     parts = low.new_empty((splits, count, ranks, n))
@@ -142,7 +142,7 @@ def reduce(
     run(
         "lora_linear_backward", _lora_reduce, tiles * splits, x, parts, low, x, rows.order, starts,
         m=m, sx0=x.stride(0), sx1=x.stride(1), threshold=threshold, key=key, DROP=threshold < DROPS_NOTHING,
-        TILED=n % 128 == 0, IN=READS[x.dtype], **shared,
+        TILED=lora_shapes.tiled(n, shape.columns), IN=READS[x.dtype], **shared,
         **shape.fixed(-(-m // shape.depth)),
     )  # fmt: skip
     run(

@@ -48,13 +48,17 @@ LOW_ALONE = Shape(64, 128, 32, 8, 2)
 """Without the frozen product, which is torch's own in float32."""
 RANKS = 16
 """Ranks of a step of the adapter's term."""
-SHRINK_FEW = Shape(16, 64, 128, 4, 4)
-SHRINK = Shape(64, 64, 128, 4, 3)
-REDUCE = Shape(64, 128, 64, 4, 3)
+SHRINK = Shape(32, 32, 128, 8, 3)
+SHRINK_WIDE = Shape(64, 16, 64, 8, 3)
+"""Of a float32 factor: each warp holds all of its tile, in three parts."""
+SHRINK_WIDEST = Shape(64, 16, 32, 8, 3)
+"""Of float32 alone."""
+REDUCE = Shape(32, 128, 64, 8, 3)
+REDUCE_WIDE = Shape(16, 64, 32, 4, 3)
 """Columns are of the wide operand, rows of the rank; depth counts rows of x."""
 MERGE = Shape(64, 128, 16, 8, 2)
-SQUARES = Shape(32, 128, 16, 4, 2)
-"""Depth counts the rank."""
+MERGE_SCALED = Shape(32, 128, 16, 4, 2)
+"""With magnitudes, and for their norms; depth counts the rank."""
 
 
 def rank_block(rank: int, most: int) -> int:
@@ -76,15 +80,25 @@ def product(m: int, dtype: torch.dtype, device: torch.device, plain: bool) -> Sh
     return MANY_ROWS if plain else SOME_ROWS
 
 
-def shrink(m: int, rank: int) -> Shape:
+def shrink(m: int, rank: int, dtype: torch.dtype, factor: torch.dtype) -> Shape:
     """Of h = x A^T; columns are of the rank."""
-    shape = SHRINK_FEW if m <= FEW // 2 else SHRINK
+    shape = SHRINK
+    if factor == torch.float32:
+        shape = SHRINK_WIDEST if dtype == torch.float32 else SHRINK_WIDE
+    if m <= FEW // 2:
+        shape = shape._replace(rows=16, warps=4)
     return shape._replace(columns=rank_block(rank, shape.columns))
 
 
-def reduce(rank: int) -> Shape:
+def reduce(rank: int, dtype: torch.dtype) -> Shape:
     """Of the gradients of A and B."""
-    return REDUCE._replace(rows=rank_block(rank, REDUCE.rows))
+    shape = REDUCE_WIDE if dtype == torch.float32 else REDUCE
+    return shape._replace(rows=rank_block(rank, shape.rows))
+
+
+def tiled(columns: int, block: int) -> bool:
+    """Whether what is dropped can be drawn by whole tiles of 128 elements, or by halves of them."""
+    return columns % 128 == 0 and block % 64 == 0 and (block == 64 or block % 128 == 0)
 
 
 def splits(programs: int, length: int, least: int) -> int:

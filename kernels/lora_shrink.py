@@ -45,7 +45,11 @@ def shrunk(
         place = factor_places(address, across, along, slot[None, :], column[:, None], LOW, FORM)
         factor = tl.load(place, mask=(slot < rank)[None, :] & inside[:, None], other=0)
         acc = multiply(acc, part, factor, IN, LOW)
-    tl.store(low + rows[:, None].to(tl.int64) * ranks + slot[None, :], acc, mask=mine[:, None] & (slot < ranks)[None, :])
+    tl.store(
+        low + rows[:, None].to(tl.int64) * ranks + slot[None, :],
+        acc,
+        mask=mine[:, None] & (slot < ranks)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -99,7 +103,12 @@ def _lora_join(low, parts, count: tl.int64, splits, BLOCK: tl.constexpr):
 
 
 def shrink(
-    low: torch.Tensor, x: torch.Tensor, rows: Rows, factors: Factors, field: tl.constexpr, drop: tuple[int, int]
+    low: torch.Tensor,
+    x: torch.Tensor,
+    rows: Rows,
+    factors: Factors,
+    field: tl.constexpr,
+    drop: tuple[int, int],
 ) -> None:
     """low [M, ranks], contiguous float32 = x [M, K] without what is dropped, times every row's own factor.
 
@@ -108,7 +117,7 @@ def shrink(
     (m, k), ranks, grouped = x.shape, low.shape[1], rows.ids is not None
     if not low.numel():
         return
-    shape = lora_shapes.shrink(m, ranks)
+    shape = lora_shapes.shrink(m, ranks, x.dtype, factors.dtype)
     tiles = -(-m // shape.rows) * -(-ranks // shape.columns)
     lots = min(len(factors.given), max(1, lora_shapes.PROGRAMS // tiles)) if grouped else 1
     parts = lora_shapes.splits(tiles * lots, k, lora_shapes.LEAST_DEPTH)
@@ -124,7 +133,7 @@ def shrink(
         "lora_linear", _lora_shrink, tiles * lots * parts, x,
         to, x, rows.order, rows.ids, m=m, k=k, sx0=x.stride(0), sx1=x.stride(1), ranks=ranks, chunk=chunk,
         splits=parts, lots=lots, adapters=len(factors.given), threshold=threshold, key=key,
-        DROP=threshold < DROPS_NOTHING, TILED=k % 128 == 0, LOW=READS[factors.dtype], IN=READS[x.dtype],
+        DROP=threshold < DROPS_NOTHING, TILED=lora_shapes.tiled(k, shape.depth), LOW=READS[factors.dtype], IN=READS[x.dtype],
         **factors.of(field), **shape.fixed(-(-min(chunk, k) // shape.depth)),
     )  # fmt: skip
     if parts > 1:

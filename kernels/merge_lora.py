@@ -154,13 +154,20 @@ class Job(NamedTuple):
     scale: torch.Tensor | None
     fan_in_fan_out: bool
 
-    def tiles(self, shape: lora_shapes.Shape) -> int:
+    @property
+    def shape(self) -> lora_shapes.Shape:
+        """A program's tile."""
+        plain = self.scale is None and self.out is not None
+        return lora_shapes.MERGE if plain else lora_shapes.MERGE_SCALED
+
+    def tiles(self) -> int:
         """Programs that it takes."""
         rows, columns = self.weight.shape
-        return -(-rows // shape.rows) * -(-columns // shape.columns)
+        return -(-rows // self.shape.rows) * -(-columns // self.shape.columns)
 
-    def constants(self, shape: lora_shapes.Shape) -> dict[str, object]:
+    def constants(self) -> dict[str, object]:
         """What a launch is compiled for."""
+        shape = self.shape
         weights = [t for t in (self.weight, self.out) if t is not None]
         aligned = 16 if all(t.data_ptr() % 16 == 0 for t in weights) and self.weight.shape[1] % 8 == 0 else 1
         return {
@@ -186,18 +193,18 @@ def _by_element(tensors: Tensors) -> int:
     return int(all(t.data_ptr() % t.element_size() == 0 for t in tensors))
 
 
-def _launch(jobs: Sequence[Job], kernel: object, shape: lora_shapes.Shape, *more: object, **fixed: object) -> None:
+def _launch(jobs: Sequence[Job], kernel: object, *more: object, **fixed: object) -> None:
     """``kernel`` over every tile of jobs of one kind; the host waits for nothing."""
     like, words, tiles = jobs[0].weight, [], 0
     stride = ADAPTERS.value + WORDS.value * max(len(job.A) for job in jobs)
     for i, job in enumerate(jobs):
         words += [0] * (i * stride - len(words)) + job.words(tiles)
-        tiles += job.tiles(shape)
+        tiles += job.tiles()
     words += [0] * (-len(words) % table.WORDS)
     rows = torch.empty(len(words), dtype=torch.int64, device=like.device)
     with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
         fill(rows, words, alone=len(jobs) == 1)
-    run("merge_lora", kernel, tiles, like, rows, len(jobs), stride, *more, **fixed, **jobs[0].constants(shape))
+    run("merge_lora", kernel, tiles, like, rows, len(jobs), stride, *more, **fixed, **jobs[0].constants())
 
 
 def merge_lora(
@@ -217,7 +224,7 @@ def merge_lora(
     if any(m is not None for m in magnitude):
         factors, scale = _behind(weight, A, B, scaling, magnitude, fan_in_fan_out)
     job = Job(out, weight, A, B, factors, scale, fan_in_fan_out)
-    fixed = job.constants(lora_shapes.MERGE)
+    fixed = job.constants()
     kind = (weight.device, out.dtype, scale is None, *fixed.values())
     grouping.submit(_merge, kind, job, out.numel())
 
@@ -225,19 +232,19 @@ def merge_lora(
 def _merge(jobs: list[Job]) -> None:
     first = jobs[0]
     to = WRITES[first.weight.dtype if first.out is None else first.out.dtype]
-    _launch(jobs, _merge_lora, lora_shapes.MERGE, SCALED=first.scale is not None, TO=to)
+    _launch(jobs, _merge_lora, SCALED=first.scale is not None, TO=to)
 
 
 def row_norms(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, fan_in_fan_out: bool = False
 ) -> torch.Tensor:
     """The norms [out] of the rows (``fan_in_fan_out``: columns) of weight + scaling * B @ A, float64."""
-    shape, (rows, columns) = lora_shapes.SQUARES, weight.shape
+    job = Job(None, weight, [A], [B], [scaling], None, fan_in_fan_out)
+    (rows, columns), shape = weight.shape, job.shape
     blocks = -(-rows // shape.rows) if fan_in_fan_out else -(-columns // shape.columns)
     outputs = columns if fan_in_fan_out else rows
     sums = torch.empty((blocks, outputs), dtype=torch.float64, device=weight.device)
-    job = Job(None, weight, [A], [B], [scaling], None, fan_in_fan_out)
-    _launch([job], _lora_squares, shape, sums)
+    _launch([job], _lora_squares, sums)
     return sums.sum(0).sqrt_()
 
 

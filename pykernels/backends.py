@@ -61,11 +61,13 @@ _SOFTMAX = {
 TABLE |= {op: {backend: f"{module}:{op}" for backend, module in _SOFTMAX.items()} for op in SOFTMAX_ROWS}
 TABLE["merge_lora"] = {
     "cpu": "pykernels.merge_lora_cpu:merge_lora",
+    "triton": "pykernels.kernels.merge_lora:merge_lora",
     "ref": "pykernels.ref.merge_lora:merge_lora",
 }
 TABLE |= {
     op: {
         "cpu": f"pykernels.lora_linear_cpu:{op}",
+        "triton": f"pykernels.kernels.lora_linear:{op}",
         "torch": f"pykernels.lora_linear_torch:{op}",
         "ref": f"pykernels.ref.lora_blocks:{op}",
     }
