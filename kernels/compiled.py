@@ -38,8 +38,8 @@ from pykernels.kernels import (
     lora_rows,
     lora_shapes,
     lora_shrink,
-    merge_lora,
     merge_loop,
+    merge_lora,
     rounds,
     row_shapes,
     sample,
@@ -255,19 +255,10 @@ def lora_layers() -> Iterator[Configuration]:
     """Linear layers with LoRA: large tiles, those that take most registers, and few rows."""
     half, wide = tl.bfloat16, tl.float32
     made, small, large = lora_product._lora_product, {"until": 80}, {"since": 90}
-    plain = {
-        "FROZEN": True,
-        "BIASED": False,
-        "DROP": False,
-        "GROUPED": False,
-        "EVEN": True,
-        "sw0": 1,
-        "bias": None,
-    }
-    back = {**plain, "sw0": None, "sw1": 1, "FORM": lora_rows.ALONG, "DROP": True}
-    del back["sw0"]
-    many = {**plain, "GROUPED": True, "EVEN": False, "BIASED": True, "LOW": wide}
-    del many["bias"]
+    forth = {"FROZEN": True, "BIASED": False, "DROP": False, "EVEN": True}
+    plain = {**forth, "GROUPED": False, "sw0": 1, "bias": None}
+    back = {**forth, "GROUPED": False, "sw1": 1, "bias": None, "FORM": lora_rows.ALONG, "DROP": True}
+    many = {**forth, "GROUPED": True, "sw0": 1, "EVEN": False, "BIASED": True, "LOW": wide}
     yield layer(made, lora_shapes.MOST_ROWS, half, **large, **plain)
     yield layer(made, lora_shapes.MANY_ROWS, half, **large, **back, LOW=wide)
     yield layer(made, lora_shapes.MANY_ROWS, half, **large, **many)

@@ -16,7 +16,7 @@ HALF = tl.constexpr(64)
 
 @triton.jit
 def half_draws(key, call, second, ROWS: tl.constexpr):
-    """The draws of one half of a tile a row, [ROWS, 64], from the tile's calls [ROWS, 16]; the other is lost."""
+    """Draws of a half tile a row, [ROWS, 64], from the tile's calls [ROWS, 16]; the other half is lost."""
     zero = tl.zeros([ROWS, 16], tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, call.to(tl.uint32), (call >> 32).to(tl.uint32), zero, zero)
     pair = tl.join(tl.where(second, w2, w0), tl.where(second, w3, w1))  # [ROWS, lane, word]
@@ -30,8 +30,8 @@ def kept(
 ):
     """[ROWS, COLUMNS]: whether elements begin + .. of some rows of a matrix of so many columns stay.
 
-    TILED: its rows are whole tiles of draws, and so are the elements asked for, or a half: a call serves eight
-    elements, or four. Else each element makes a call of its own.
+    TILED: its rows are whole tiles of draws, and so are the elements asked for, or a half: a call serves
+    eight elements, or four. Else each element makes a call of its own.
     """
     wide = rows[:, None].to(tl.int64) * columns
     if TILED and COLUMNS == HALF:

@@ -53,7 +53,7 @@ def lora_linear_backward(
     threshold: int = DROPS_NOTHING,
     key: int = 0,
 ) -> None:
-    """Fills the gradients that are asked for, contiguous ones. Rows that are NaN add nothing to A's and B's."""
+    """Fills the gradients that are asked for, contiguous ones. Rows without an adapter add nothing."""
     if by_weight is not None:
         torch.mm(grad.t(), x, out=by_weight)
     to_a, to_b = _like_factors(by_a, adapters), _like_factors(by_b, adapters)

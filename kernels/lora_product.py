@@ -86,9 +86,10 @@ def _lora_product(
     out, x, weight, bias, low, order, ids, table, m: tl.int64, n, k, sx0, sx1, sw0, sw1, ranks: tl.int64,
     tiles: tl.int64, adapters: tl.int32, address: tl.int64, across: tl.int64, along: tl.int64, rank: tl.int64,
     scaling, threshold, key: tl.int64,
-    FROZEN: tl.constexpr, BIASED: tl.constexpr, DROP: tl.constexpr, TILED: tl.constexpr, GROUPED: tl.constexpr,
-    FIELD: tl.constexpr, FORM: tl.constexpr, LOW: tl.constexpr, IN: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, STEPS: tl.constexpr,
+    FROZEN: tl.constexpr, BIASED: tl.constexpr, DROP: tl.constexpr, TILED: tl.constexpr,
+    GROUPED: tl.constexpr, FIELD: tl.constexpr, FORM: tl.constexpr, LOW: tl.constexpr, IN: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    RANKS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """A tile [ROWS, COLUMNS] of the result."""
     pid = tl.program_id(0).to(tl.int64)

@@ -1,7 +1,7 @@
 """dA = s dh^T dropout(x) and dB^T = s h^T dY, per adapter: sums over its rows, in a fixed order.
 
-Traffic: reads x or dY once a block of the rank (2 M K bytes), h or dh once a tile of columns, writes and reads
-the parts of sums over the rows, at most PROGRAMS tiles of float32, and writes the gradient. Two passes.
+Traffic: reads x or dY once a block of the rank (2 M K bytes), h or dh once a tile of columns, writes and
+reads the parts of sums over the rows, about PROGRAMS tiles of float32, and writes the gradient. Two passes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _lora_finish(
     scaling, GROUPED: tl.constexpr, FIELD: tl.constexpr, TURNED: tl.constexpr, TO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """An adapter's gradient [r, n], or TURNED [n, r]: the sum of its parts in their order, scaled, rounded."""
+    """An adapter's gradient [r, n], or TURNED [n, r]: its parts summed in their order, scaled, rounded."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(ranks * n, BLOCK)
     adapter = pid // blocks

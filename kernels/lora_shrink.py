@@ -20,7 +20,8 @@ from pykernels.kernels.row_shapes import run
 JOINED = 1024
 """Elements that a program joins."""
 VARYING = (
-    "m", "ranks", "chunk", "splits", "lots", "adapters", "address", "across", "along", "rank", "threshold", "key"
+    "m", "ranks", "chunk", "splits", "lots", "adapters", "address", "across", "along", "rank", "threshold",
+    "key",
 )  # fmt: skip
 
 
@@ -78,8 +79,8 @@ def _lora_shrink(
             address, across, along, rank = factor_at(table, adapter, 0, 0, 0, 0, FIELD, True)
             if first < rank:
                 shrunk(
-                    low, x, rows, mine == adapter, first, begin, end, k, sx0, sx1, address, across, along, rank,
-                    ranks, threshold, key, DROP, TILED, FORM, LOW, IN, ROWS, COLUMNS, DEPTH, STEPS,
+                    low, x, rows, mine == adapter, first, begin, end, k, sx0, sx1, address, across, along,
+                    rank, ranks, threshold, key, DROP, TILED, FORM, LOW, IN, ROWS, COLUMNS, DEPTH, STEPS,
                 )  # fmt: skip
             adapter = next_adapter(mine, adapter, adapters, lot, lots)
     else:
@@ -133,7 +134,8 @@ def shrink(
         "lora_linear", _lora_shrink, tiles * lots * parts, x,
         to, x, rows.order, rows.ids, m=m, k=k, sx0=x.stride(0), sx1=x.stride(1), ranks=ranks, chunk=chunk,
         splits=parts, lots=lots, adapters=len(factors.given), threshold=threshold, key=key,
-        DROP=threshold < DROPS_NOTHING, TILED=lora_shapes.tiled(k, shape.depth), LOW=READS[factors.dtype], IN=READS[x.dtype],
+        DROP=threshold < DROPS_NOTHING, TILED=lora_shapes.tiled(k, shape.depth),
+        LOW=READS[factors.dtype], IN=READS[x.dtype],
         **factors.of(field), **shape.fixed(-(-min(chunk, k) // shape.depth)),
     )  # fmt: skip
     if parts > 1:

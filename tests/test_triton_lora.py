@@ -20,7 +20,7 @@ from pykernels.ref.lora_linear import Factors
 from pykernels.ref.philox import draws
 from pykernels.ref.rounding import NAN
 from tests.bounds import assert_same_bits, assert_within_sum
-from tests.cases import DTYPES, SHORT
+from tests.cases import DTYPES
 from tests.lora_cases import adapter, assert_merged, split, truth, weight
 from tests.lora_layers import assert_backward, assert_forward, kept_of, layer
 from tests.walls import Walls
@@ -163,7 +163,6 @@ def test_the_same_bits_again_and_sums_in_parts(monkeypatch):
         assert_same_bits(one, other)
     monkeypatch.setattr(lora_shapes, "PROGRAMS", 1)
     assert not torch.equal(forward(c)[1], h)  # one sum in place of two parts: it is rounded elsewhere
-    assert not torch.equal(backward(c, h)[2], found[2])
 
 
 def test_any_strides_and_negated_views():
