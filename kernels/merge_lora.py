@@ -157,7 +157,8 @@ class Job(NamedTuple):
     @property
     def shape(self) -> lora_shapes.Shape:
         """A program's tile."""
-        plain = self.scale is None and self.out is not None
+        half = self.A[0].dtype != torch.float32
+        plain = half and self.scale is None and self.out is not None
         return lora_shapes.MERGE if plain else lora_shapes.MERGE_SCALED
 
     def tiles(self) -> int:
