@@ -57,7 +57,7 @@ REDUCE = Shape(32, 128, 64, 8, 3)
 REDUCE_WIDE = Shape(16, 64, 32, 4, 3)
 """Columns are of the wide operand, rows of the rank; depth counts rows of x."""
 MERGE = Shape(64, 128, 16, 8, 2)
-MERGE_SCALED = Shape(32, 128, 16, 8, 2)
+MERGE_SCALED = Shape(16, 128, 16, 4, 2)
 """Of float32 factors, with magnitudes, and for their norms; depth counts the rank."""
 
 

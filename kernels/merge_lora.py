@@ -1,8 +1,8 @@
 """W + sum of f_i B_i A_i, many adapters and many layers in one launch, and the norms that DoRA divides by.
 
-Traffic: reads W once and writes it once, 2 * numel * sizeof(T); the factors stay in the cache, 64 rows of B
-and 128 columns of A a tile. A magnitude costs one more read of W, for the norms. The adapters' products are
-summed in float32, scaled there, and rounded once with W.
+Traffic: reads W once and writes it once, 2 * numel * sizeof(T); the factors stay in the cache, of which a
+tile reads 64 rows of B (16, of float32) and 128 columns of A. A magnitude costs one more read of W, for the
+norms. The adapters' products are summed in float32, scaled there, and rounded once with W.
 """
 
 from __future__ import annotations
