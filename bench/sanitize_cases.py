@@ -15,8 +15,10 @@ import torch
 
 import pykernels
 from pykernels import backends
+from pykernels.bench import sanitize_lora
 from pykernels.bench.gpu_table import able
 from pykernels.bench.inputs import Inputs, Spec, make
+from pykernels.bench.sanitize_lora import odd
 from pykernels.bench.softmax_calls import agrees
 from pykernels.cut import Cut
 from pykernels.grouping import grouped
@@ -36,15 +38,9 @@ Row = Callable[[Callable[..., Any], Inputs], Results]
 
 
 def _merge(function: Callable[..., Any], x: Inputs, *arguments: Any) -> torch.Tensor:
-    out = _odd(torch.full_like(x.out, float("nan")))
+    out = odd(torch.full_like(x.out, float("nan")))
     function(out, *arguments)
     return out
-
-
-def _odd(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that ends where its memory ends and does not begin where it begins."""
-    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
-    return room[1:].view(tensor.shape).copy_(tensor)
 
 
 def _ranks(x: Inputs) -> list[int]:
@@ -82,7 +78,7 @@ def _kth(function: Callable[..., Any], x: Inputs) -> Results:
 
 
 def _signs(function: Callable[..., Any], x: Inputs) -> Results:
-    outs = [_odd(torch.zeros(x.base.shape, dtype=torch.int8, device=x.base.device)) for _ in range(2)]
+    outs = [odd(torch.zeros(x.base.shape, dtype=torch.int8, device=x.base.device)) for _ in range(2)]
     for out, elect in zip(outs, ("weighted", "plain"), strict=True):
         function(out, x.tuned, WEIGHT, elect)
     return outs
@@ -94,7 +90,7 @@ def _softmax(function: Callable[..., Any], x: Inputs) -> Results:
     for z in _shapes(x.base):
         keep, sink = z.abs() < 0.04, z[:, 0].float().contiguous()
         for options in ((1.0, None, None, None, False), (0.5, 0.05, keep, sink, True)):
-            out = _odd(torch.full_like(z, float("nan")))
+            out = odd(torch.full_like(z, float("nan")))
             function(out, z, *options)
             results.append(out)
     return results
@@ -105,60 +101,17 @@ def _log_softmax(function: Callable[..., Any], x: Inputs) -> Results:
 
 
 def _logsumexp(function: Callable[..., Any], x: Inputs) -> Results:
-    outs = [_odd(torch.full_like(z[:, 0], float("nan"))) for z in _shapes(x.base)]
+    outs = [odd(torch.full_like(z[:, 0], float("nan"))) for z in _shapes(x.base)]
     for out, z in zip(outs, _shapes(x.base), strict=True):
         function(out, z, 0.5)
     return outs
 
 
 def _row_gradient(function: Callable[..., Any], x: Inputs) -> Results:
-    outs = [_odd(torch.full_like(z, float("nan"))) for z in _shapes(x.base)]
+    outs = [odd(torch.full_like(z, float("nan"))) for z in _shapes(x.base)]
     for out, grad, y in zip(outs, _shapes(x.tuned[0]), _shapes(x.base), strict=True):
         function(out, grad, y, 0.5)
     return outs
-
-
-def _matrices(x: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight past a tile of 64 rows and not of 128 columns, and factors of rank 5, at odd addresses."""
-    cols = 7 if x.base.numel() < 2000 else 193
-    rows = min(100, x.base.numel() // cols)
-    parts = ((x.base, rows, cols), (x.tuned[0], 5, cols), (x.tuned[1], rows, 5))
-    weight, a, b = (_odd(t.view(-1)[: r * c].view(r, c)) for t, r, c in parts)
-    return weight, a, b
-
-
-def _adapted(function: Callable[..., Any], x: Inputs) -> Results:
-    """Both orientations, with and without a magnitude, in float32."""
-    weight, a, b = _matrices(x)
-    size = b[:, 0].float().abs() + 0.5
-    results = []
-    for w, first, second, turned in ((weight, a, b, False), (weight, b.t(), a.t(), True)):
-        magnitude = a[0].float().abs() + 0.5 if turned else size
-        out = _odd(torch.full_like(w, float("nan"), dtype=torch.float32))
-        function(out, w, [first, first], [second, second], [30.0, -7.0], [None, magnitude], turned)
-        results.append(out)
-    return results
-
-
-def _dora_norm(function: Callable[..., Any], x: Inputs) -> Results:
-    return [function(*_matrices(x), 30.0)]
-
-
-NEAR = frozenset({"merge_lora", "dora_norm"})
-"""Products whose order is a backend's own; the results are float32."""
-
-
-def _same(op: str, got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """To the bit, but for sums that each backend adds up in an order of its own.
-
-    Those of layers are rounded once in 16 bits; in float32 tensor cores cut off 11 units a product.
-    """
-    if op not in NEAR and op not in LAYERS:
-        return agrees(op, got, wanted)
-    units = 16 if got.dtype == torch.float32 else 4
-    share = units * torch.finfo(got.dtype).eps if op in LAYERS else 2.0**-14
-    room = share * float(wanted.abs().max())
-    return got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=0, atol=room)
 
 
 _LONG = 500_009
@@ -172,46 +125,7 @@ def _shapes(values: torch.Tensor) -> list[torch.Tensor]:
     parts = [flat[: math.prod(shape)].view(shape) for shape in shapes]
     if values.is_cuda and flat.numel() > 10_000:
         parts.append(flat.repeat(_LONG // flat.numel() + 1)[:_LONG].view(1, -1, 1))
-    return [_odd(part) for part in parts]
-
-
-LAYERS = ("lora_linear", "lora_linear_backward")
-
-
-def _layer(function: Callable[..., Any], x: Inputs) -> Results:
-    """One adapter with dropout, and each row its own or none; both without the bits that nobody writes."""
-    rows, weight, adapters, bias, indices = _low_rank(x)
-    results = []
-    for index, threshold in zip(indices, (40_000, 65_536), strict=True):
-        out = _odd(torch.full((37, 19), float("nan"), dtype=x.base.dtype, device=x.base.device))
-        h = torch.zeros(37, 5, device=x.base.device)
-        used = adapters[: 1 if index is None else 2]
-        function(out, h, rows, weight, used, index, bias, threshold, 9)
-        results += [out, h]
-    return results
-
-
-def _layer_gradient(function: Callable[..., Any], x: Inputs) -> Results:
-    rows, weight, adapters, _, indices = _low_rank(x)
-    grad = _odd(x.tuned[1].view(-1)[: 37 * 19].view(37, 19))
-    h = _odd(x.tuned[2].view(-1)[: 37 * 5].view(37, 5).float())
-    results = []
-    for index, threshold in zip(indices, (40_000, 65_536), strict=True):
-        used = adapters[: 1 if index is None else 2]
-        by_x, *low = (torch.full_like(t, float("nan")) for t in (rows, *(f for a in used for f in a[:2])))
-        given = (grad, h, rows, weight, used, index, threshold, 9)
-        function(by_x, None, low[::2], low[1::2], *given)
-        results += [by_x, *low]
-    return results
-
-
-def _low_rank(x: Inputs) -> tuple[torch.Tensor, torch.Tensor, list[Any], torch.Tensor, list[Any]]:
-    """x [37, 27], weight [19, 27], adapters of ranks 5 and 2, bias, and no index and one."""
-    flat, device = [t.view(-1) for t in (x.base, *x.tuned)], x.base.device
-    rows, weight = _odd(flat[0][:999].view(37, 27)), _odd(flat[1][:513].view(19, 27))
-    a, b = _odd(flat[2][:135].view(5, 27)), _odd(flat[3][:95].view(19, 5))
-    index = torch.arange(37, device=device) % 3 - 1
-    return rows, weight, [(a, b, 0.5), (a[:2], b[:, :2], 2.0)], _odd(flat[3][100:119]), [None, index]
+    return [odd(part) for part in parts]
 
 
 ROWS: dict[str, Row] = {
@@ -231,11 +145,8 @@ ROWS: dict[str, Row] = {
     "logsumexp": _logsumexp,
     "softmax_backward": _row_gradient,
     "log_softmax_backward": _row_gradient,
-    "merge_lora": _adapted,
-    "dora_norm": _dora_norm,
     "drop_rescale": lambda f, x: [_merge(f, x, x.tuned[0], 30_000, 99, 2.0, 8192)],
-    "lora_linear": _layer,
-    "lora_linear_backward": _layer_gradient,
+    **{op: row for op, row in sanitize_lora.ROWS.items() if "cuda" in backends.TABLE.get(op, ())},
 }
 """What each row of ``backends.TABLE`` is called with; a list of results to compare."""
 
@@ -265,8 +176,12 @@ def run(device: torch.device, say: Callable[[str], None] = print) -> int:
     return wrong
 
 
+def _same(op: str, got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return sanitize_lora.close(got, wanted) if op in sanitize_lora.ROWS else agrees(op, got, wanted)
+
+
 def _placed(x: Inputs, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    return _odd(x.base.to(device)), [_odd(t.to(device)) for t in x.tuned], _odd(x.out.to(device))
+    return odd(x.base.to(device)), [odd(t.to(device)) for t in x.tuned], odd(x.out.to(device))
 
 
 def _groups(backend: str, dtype: torch.dtype, device: torch.device, say: Callable[[str], None]) -> int:

@@ -33,7 +33,13 @@ from pykernels.kernels import (
     l1_norms,
     launch,
     linear_merge,
+    lora_product,
+    lora_reduce,
+    lora_rows,
+    lora_shapes,
+    lora_shrink,
     merge_loop,
+    merge_lora,
     rounds,
     row_shapes,
     sample,
@@ -62,13 +68,20 @@ class Configuration(NamedTuple):
     """Whether it names fused operations itself; then no other is looked for."""
     wide: bool = False
     """Whether all that it reads, masks too, lies so that loads are of four bytes or more."""
+    even: tuple[str, ...] = ()
+    """Numbers that are multiples of 16, as sizes of layers are."""
+    architectures: tuple[int, ...] = ARCHITECTURES
+    stages: int | None = None
 
     def __str__(self) -> str:
         named = [f"{k}={getattr(v, 'name', v)}" for k, v in self.constants.items() if k in VARIANTS]
         return " ".join([self.kernel.__name__, *named])
 
 
-VARIANTS = ("IN", "MODELS", "COMBINE", "KEEP", "ALIGN", "KIND", "LOG", "CAPPED", "FORM", "LINES", "N")
+VARIANTS = (
+    "IN", "MODELS", "COMBINE", "KEEP", "ALIGN", "KIND", "LOG", "CAPPED", "FORM", "LINES", "N", "LOW", "DROP",
+    "GROUPED", "SCALED", "ROWS", "COLUMNS",
+)  # fmt: skip
 
 
 class Usage(NamedTuple):
@@ -93,6 +106,8 @@ def configurations() -> Iterator[Configuration]:
         yield from statistics(dtype)
     yield from softmaxes()
     yield from softmax_gradients()
+    yield from lora_layers()
+    yield from lora_merges()
 
 
 def merges(dtype: tl.dtype) -> Iterator[Configuration]:
@@ -208,15 +223,90 @@ def softmax_gradients() -> Iterator[Configuration]:
         yield rows(kernel, sizes, row_shapes.BACKWARD, dtype, "*fp64", LOG=log, BY=dtype)
 
 
+LAYER = {"x": "IN", "weight": "IN", "bias": "IN", "out": "IN", "low": "*fp32", "parts": "*fp32"}
+LAYER |= dict.fromkeys(("order", "ids", "starts", "table"), "*i64")
+LAYER |= dict.fromkeys(("n", "k", "sx0", "sx1", "sw0", "sw1", "adapters", "lots", "threshold"), "i32")
+LAYER |= {"scaling": "fp32"}
+EVEN = ("n", "k", "sx0", "sw0", "sw1")
+
+
+def layer(
+    kernel: Any, shape: lora_shapes.Shape, dtype: tl.dtype, since: int = 80, until: int = 100, **fixed: Any
+) -> Configuration:
+    """A kernel of a linear layer of even sizes; x contiguous, and what is given as None absent."""
+    pointer = {tl.float32: "*fp32", tl.bfloat16: "*bf16", tl.float16: "*fp16"}[dtype]
+    named = {"IN": dtype, "FIELD": lora_rows.FACTOR_B.value, "FORM": lora_rows.ACROSS, "sx1": 1, **fixed}
+    named |= {name: value for name, value in shape.fixed(0).items() if name.isupper()}
+    named |= {"LOW": fixed.get("LOW", dtype), "TILED": True, "STEPS": 0, "RANKS": lora_shapes.RANKS}
+    names = kernel.arg_names
+    constants = {name: value for name, value in named.items() if name in names}
+    if not fixed["GROUPED"]:
+        constants |= dict.fromkeys({"order", "ids", "starts", "table"} & set(names), None)
+    taken = {n: LAYER.get(n, "i64") for n in names if n not in constants and not n.isupper()}
+    taken = {name: pointer if kind == "IN" else kind for name, kind in taken.items()}
+    even = tuple(name for name in EVEN if name in taken)
+    runs = tuple(a for a in ARCHITECTURES if since <= a <= until)
+    return Configuration(
+        kernel, taken, constants, shape.warps, fused=True, even=even, architectures=runs, stages=shape.stages
+    )
+
+
+def lora_layers() -> Iterator[Configuration]:
+    """Linear layers with LoRA: large tiles, those that take most registers, and few rows."""
+    half, wide = tl.bfloat16, tl.float32
+    made, small, large = lora_product._lora_product, {"until": 80}, {"since": 90}
+    forth = {"FROZEN": True, "BIASED": False, "DROP": False, "EVEN": True}
+    plain = {**forth, "GROUPED": False, "sw0": 1, "bias": None}
+    back = {**forth, "GROUPED": False, "sw1": 1, "bias": None, "FORM": lora_rows.ALONG, "DROP": True}
+    many = {**forth, "GROUPED": True, "sw0": 1, "EVEN": False, "BIASED": True, "LOW": wide}
+    yield layer(made, lora_shapes.MOST_ROWS, half, **large, **plain)
+    yield layer(made, lora_shapes.MANY_ROWS, half, **large, **back, LOW=wide)
+    yield layer(made, lora_shapes.MANY_ROWS, half, **large, **many)
+    yield layer(made, lora_shapes.MANY_ROWS, half, **small, **plain)
+    yield layer(made, lora_shapes.SOME_ROWS, half, **small, **back, LOW=wide)
+    yield layer(made, lora_shapes.SOME_ROWS, half, **small, **many)
+    yield layer(made, lora_shapes.FEW_ROWS, half, **many)
+    yield layer(made, lora_shapes.LOW_ALONE, wide, **{**many, "FROZEN": False})
+    alike, drop = {"GROUPED": True, "DROP": False}, {"GROUPED": False, "DROP": True, "FORM": lora_rows.ALONG}
+    f16, f32 = torch.bfloat16, torch.float32
+    for shape, dtype, more in (
+        (lora_shapes.shrink(1, 64, f16, f32), half, {**alike, "LOW": wide}),
+        (lora_shapes.shrink(99, 64, f16, f16), half, drop),
+        (lora_shapes.shrink(99, 64, f16, f32), half, {**drop, "LOW": wide}),
+        (lora_shapes.shrink(99, 64, f32, f32), wide, alike),
+    ):
+        yield layer(lora_shrink._lora_shrink, shape, dtype, **more)
+    yield layer(lora_reduce._lora_reduce, lora_shapes.reduce(64, f16), half, **drop)
+    yield layer(lora_reduce._lora_reduce, lora_shapes.reduce(64, f32), wide, **alike)
+
+
+def lora_merges() -> Iterator[Configuration]:
+    """Adapters merged into weights, with magnitudes and without, and the norms of these."""
+    taken = {"rows": "*i64", "jobs": "i32", "stride": "i32"}
+    for kernel, shape, low, more in (
+        (merge_lora._merge_lora, lora_shapes.MERGE, tl.bfloat16, {"SCALED": False, "TO": tl.bfloat16}),
+        (merge_lora._merge_lora, lora_shapes.MERGE_SCALED, tl.float32, {"SCALED": True, "TO": tl.bfloat16}),
+        (merge_lora._lora_squares, lora_shapes.MERGE_SCALED, tl.float32, {}),
+    ):
+        fixed = {name: value for name, value in shape.fixed(0).items() if name.isupper() and name != "STEPS"}
+        fixed |= {"BY_COLUMN": False, "LOW": low, "IN": tl.bfloat16, "ALIGN": 16, "LOW_ALIGN": 1, **more}
+        sums = {} if "SCALED" in more else {"sums": "*fp64"}
+        yield Configuration(kernel, {**taken, **sums}, fixed, shape.warps, fused=True)
+
+
 def usage(configuration: Configuration, architecture: int) -> Usage:
     """Compile one configuration. Pointers are aligned: they are tables and allocations of torch."""
     names = list(configuration.kernel.arg_names)
     signature = {name: configuration.arguments.get(name, "constexpr") for name in names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in configuration.even
     }
     source = ASTSource(configuration.kernel, signature, configuration.constants, aligned)
-    options = {"num_warps": configuration.warps, "enable_fp_fusion": False}
+    options: dict[str, object] = {"num_warps": configuration.warps, "enable_fp_fusion": False}
+    if configuration.stages is not None:
+        options["num_stages"] = configuration.stages
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -234,7 +324,7 @@ def usage(configuration: Configuration, architecture: int) -> Usage:
 def usages() -> Iterator[tuple[Configuration, list[Usage]]]:
     """Every configuration on every architecture, as many at a time as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda c: (c, [usage(c, a) for a in ARCHITECTURES]), list(configurations()))
+        yield from pool.map(lambda c: (c, [usage(c, a) for a in c.architectures]), list(configurations()))
 
 
 def main() -> int:
@@ -245,7 +335,9 @@ def main() -> int:
     failures = []
     print(f"{'kernel':<56}" + "".join(f"  sm_{a:<3} regs stack" for a in ARCHITECTURES))
     for configuration, uses in usages():
-        print(f"{configuration!s:<56}" + "".join(f"{u.registers:>13}{u.stack:>6}" for u in uses), flush=True)
+        found = dict(zip(configuration.architectures, uses, strict=True))
+        cells = (f"{u.registers:>13}{u.stack:>6}" if (u := found.get(a)) else " " * 19 for a in ARCHITECTURES)
+        print(f"{configuration!s:<56}" + "".join(cells), flush=True)
         if any(u.stack or u.fused or u.short for u in uses):
             failures.append(f"{configuration}: spills, fuses or reads in short pieces: {uses}")
     print(*failures, sep="\n", file=sys.stderr)

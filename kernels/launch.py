@@ -127,6 +127,21 @@ def pack(rows: torch.Tensor, words: list[int]) -> None:
         table._pack[(1,)](rows, start, *words[start : start + table.WORDS], num_warps=1)
 
 
+def fill(rows: torch.Tensor, words: list[int], *, alone: bool = False) -> None:
+    """Put words on the device, a multiple of what a launch carries; the host waits for nothing.
+
+    ``alone``: they are few, and no memory of the host is made for them.
+    """
+    if rows.device.type != "cuda":
+        rows[: len(words)] = torch.tensor(words)
+    elif alone or torch.cuda.is_current_stream_capturing():
+        pack(rows, words)
+    else:  # the first words as in a graph, so that a warm-up compiles and loads what a capture needs
+        pack(rows, words[: table.WORDS])
+        rest = slice(table.WORDS, len(words))
+        rows[rest].copy_(torch.tensor(words[rest]).pin_memory(), non_blocking=True)
+
+
 class Launch:
     """A table of jobs on their device, and the launches that work from it."""
 
@@ -150,14 +165,7 @@ class Launch:
             words += [0] * (i * self.stride - len(words))
             words += row(job, first, self.rows.data_ptr() + 8 * i * self.stride)
         words += [0] * (-len(words) % table.WORDS)
-        if self.device.type != "cuda":
-            self.rows[: len(words)] = torch.tensor(words)
-        elif len(self.jobs) == 1 or torch.cuda.is_current_stream_capturing():
-            pack(self.rows, words)
-        else:  # the first words as in a graph, so that a warm-up compiles and loads what a capture needs
-            pack(self.rows, words[: table.WORDS])
-            rest = slice(table.WORDS, len(words))
-            self.rows[rest].copy_(torch.tensor(words[rest]).pin_memory(), non_blocking=True)
+        fill(self.rows, words, alone=len(self.jobs) == 1)
 
     def _current(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device: make it that of the tensors."""

@@ -45,7 +45,6 @@ FLOORS = (
         "native",
         "merge_lora_cpu",
         "merge_lora_cuda",
-        "dora_norm_torch",
         "cuda",
         "kernels",
         "check",
