@@ -17,6 +17,8 @@ NONE_KEPT = 0xFFFF_FFFF
 """A key above all others; keys of cuts are 32 bits in the kernels."""
 SUM_BLOCK = 4096
 """Elements of a block of the sums in float64 (l1_norms, dot_products)."""
+FLOAT_ROWS = 64
+"""Rows up to which a float32 layer on the CPU is a product of ours: torch's library wants more of them."""
 _PIECE = 1 << 18
 
 

@@ -77,16 +77,25 @@ void widen_rows(const Matrix& a, const int64_t* rows, int64_t i0, int64_t i1, in
   }
 }
 
-/// Rows of the operand lie along the panels. Panel by panel: side by side, their lines would fall into one
-/// set of the cache.
+/// Rows of the operand lie along the panels. A few rows at a time over all panels: rows a power of two apart
+/// share a set of the cache, and so do panels side by side.
 template <class T>
 void pack_along(const Matrix& b, const int64_t* rows, int64_t k0, int64_t k1, int64_t n0, int64_t n1,
                 float* to) {
-  for (int64_t n = n0; n < n1; n += kPanel) {
-    const int64_t last = n1 - n < kPanel ? n1 : n + kPanel;
-    for (int64_t k = k0; k < k1; k++, to += kPanel) {
-      if (b.col != 1) memset(to, 0, kPanel * sizeof(float));
-      widen_row<T>(b, row_of(rows, k), n, last, to);
+  constexpr int64_t kTogether = 4, kEarly = 16;
+  const int64_t depth = k1 - k0;
+  for (int64_t k = k0; k < k1; k += kTogether) {
+    const int64_t end = k1 - k < kTogether ? k1 : k + kTogether;
+    for (int64_t next = k + kEarly; b.col == 1 && next < k1 && next < end + kEarly; next++)
+      for (int64_t n = n0; n < n1; n += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(static_cast<const T*>(b.data) + row_of(rows, next) * b.row + n, 0, 3);
+    for (int64_t n = n0; n < n1; n += kPanel) {
+      const int64_t last = n1 - n < kPanel ? n1 : n + kPanel;
+      float* panel = to + (n - n0) * depth + (k - k0) * kPanel;
+      for (int64_t i = k; i < end; i++, panel += kPanel) {
+        if (b.col != 1) memset(panel, 0, kPanel * sizeof(float));
+        widen_row<T>(b, row_of(rows, i), n, last, panel);
+      }
     }
   }
 }

@@ -108,6 +108,8 @@ struct Kernels {
                         bool add, const Ahead&);
   void (*gemm_dots)(const Matrix& b, int64_t n0, int64_t n1, const float* x, int64_t rows, int64_t stride,
                     int64_t depth, float* c);
+  bool (*gemm_expand)(const Matrix& high, int64_t rank, int64_t n0, int64_t n1, float scale, const float* low,
+                      float* sums);  // of one row; false, and nothing done, where it has no kernel
   void (*gemm_add_kept)(float* c, const float* t, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,
                         int64_t n1, const Dropout&);
   void (*gemm_finish)(const float* c, const GemmOut&, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,

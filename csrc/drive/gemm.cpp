@@ -17,6 +17,7 @@ using cpu::kGemmWidth;
 using cpu::Matrix;
 
 constexpr int64_t kShrinkRows = 96;  // rows of a skinny product that a thread takes at a time
+constexpr int64_t kShrinkDots = 8;   // columns of it, where they are dot products of few rows
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t up_to(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
@@ -148,6 +149,7 @@ class RowsOfProduct {
   void extend(const Extension& e, int64_t begin, int64_t end, int64_t n0, int64_t n1, float* sums,
               float* panels, float* room) {
     const bool drops = job_.dropout.drops();
+    if (!drops && end - begin <= kGemmDots && expand(e, begin, end, n0, n1, sums)) return;
     const Matrix low{e.low, kF32, e.low_stride, 1};
     float* to = drops ? room + count_ * kGemmDepth : sums;
     for (int64_t k = 0; k < e.rank; k += kGemmDepth) {
@@ -159,6 +161,15 @@ class RowsOfProduct {
     if (drops) kernels().gemm_add_kept(sums, to, job_.rows, begin, end, n0, n1, job_.dropout);
   }
 
+  /// The same sums for very few rows, without a panel; false where there is no such kernel.
+  bool expand(const Extension& e, int64_t begin, int64_t end, int64_t n0, int64_t n1, float* sums) const {
+    for (int64_t i = begin; i < end; i++, sums += kGemmWidth) {
+      const float* low = e.low + (job_.rows ? job_.rows[i] : i) * e.low_stride;
+      if (!kernels().gemm_expand(e.high, e.rank, n0, n1, e.scale, low, sums)) return false;
+    }
+    return true;
+  }
+
   const Product& job_;
   const int64_t i0_, i1_, count_;
   const int threads_;
@@ -167,12 +178,25 @@ class RowsOfProduct {
   const Scratch wide_;
 };
 
-/// One block of rows of a skinny product.
+/// One block of rows and columns of a skinny product.
 struct ShrinkBlock {
   const Shrink* part;
-  int64_t begin, end;
+  int64_t begin, end, n0, n1;
   bool dots;
 };
+
+/// The blocks of all parts; where rows are too few for every thread, dot products are dealt out by columns.
+std::vector<ShrinkBlock> blocks_of(const std::vector<Shrink>& parts, int threads) {
+  std::vector<ShrinkBlock> blocks;
+  for (const Shrink& p : parts) {
+    const bool dots = as_dots(p.end - p.begin, p.factor);
+    const int64_t width = dots && int(parts.size()) < threads ? kShrinkDots : kGemmWidth;
+    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
+      for (int64_t n = 0; n < p.rank; n += width)
+        blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), n, std::min(p.rank, n + width), dots});
+  }
+  return blocks;
+}
 
 }  // namespace
 
@@ -183,32 +207,27 @@ void product(const Product& job, int threads) {
 
 void shrink(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
             const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads) {
-  std::vector<ShrinkBlock> blocks;
-  for (const Shrink& p : parts)
-    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
-      blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), as_dots(p.end - p.begin, p.factor)});
+  const std::vector<ShrinkBlock> blocks = blocks_of(parts, threads);
   const cpu::GemmOut out{low, kF32, low_stride, 1, nullptr};
   const int64_t stride = up_to(std::max<int64_t>(k, 1), kGemmStripe), tile = kShrinkRows * kGemmWidth;
   const Rooms rooms(std::min<int64_t>(threads, int64_t(blocks.size())),
                     tile + kGemmDepth * kGemmWidth + std::max(kShrinkRows * kGemmDepth, kGemmDots * stride));
   parallel_chunks(int64_t(blocks.size()), threads, [&](int64_t c, int slot) {
     const ShrinkBlock& b = blocks[size_t(c)];
+    const int64_t count = b.end - b.begin;
     float *sums = rooms.of(slot), *panels = sums + tile, *wide = panels + kGemmDepth * kGemmWidth;
-    for (int64_t n0 = 0; n0 < b.part->rank; n0 += kGemmWidth) {
-      const int64_t n1 = std::min(b.part->rank, n0 + kGemmWidth), count = b.end - b.begin;
-      if (!k) memset(sums, 0, size_t(tile) * sizeof(float));
-      if (b.dots && k) {
-        widen_whole(a, rows, b.begin, b.end, k, if_any(dropout), stride, wide);
-        kernels().gemm_dots(b.part->factor, n0, n1, wide, count, stride, k, sums);
-      }
-      for (int64_t k0 = 0; k0 < k && !b.dots; k0 += kGemmDepth) {
-        const int64_t k1 = std::min(k, k0 + kGemmDepth);
-        kernels().gemm_widen(a, rows, b.begin, b.end, k0, k1, if_any(dropout), kGemmDepth, wide);
-        kernels().gemm_pack(b.part->factor, nullptr, k0, k1, n0, n1, 1, nullptr, panels);
-        kernels().gemm_multiply(wide, count, panels, n1 - n0, k1 - k0, sums, k0 > 0, kNothing);
-      }
-      kernels().gemm_finish(sums, out, rows, b.begin, b.end, n0, n1);
+    if (!k) memset(sums, 0, size_t(tile) * sizeof(float));
+    if (b.dots && k) {
+      widen_whole(a, rows, b.begin, b.end, k, if_any(dropout), stride, wide);
+      kernels().gemm_dots(b.part->factor, b.n0, b.n1, wide, count, stride, k, sums);
     }
+    for (int64_t k0 = 0; k0 < k && !b.dots; k0 += kGemmDepth) {
+      const int64_t k1 = std::min(k, k0 + kGemmDepth);
+      kernels().gemm_widen(a, rows, b.begin, b.end, k0, k1, if_any(dropout), kGemmDepth, wide);
+      kernels().gemm_pack(b.part->factor, nullptr, k0, k1, b.n0, b.n1, 1, nullptr, panels);
+      kernels().gemm_multiply(wide, count, panels, b.n1 - b.n0, k1 - k0, sums, k0 > 0, kNothing);
+    }
+    kernels().gemm_finish(sums, out, rows, b.begin, b.end, b.n0, b.n1);
   });
 }
 

@@ -51,6 +51,10 @@ def lora_linear(
     """
     traced = is_compiling()
     if not traced:
+        if type(dropout) is float and dropout == 0.0:
+            done = lora_pass.everyday(x, weight, lora_A, lora_B, scaling, bias)
+            if done is not None:
+                return done
         scaling = check.number(OP, "scaling", scaling)
     threshold = lora_pass.keeping(OP, dropout)
     if traced or bias is not None or not check_lora.fits(x, weight, lora_A, lora_B):
