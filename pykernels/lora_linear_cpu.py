@@ -2,7 +2,8 @@
 
 16-bit products are ours: operands become float32 in the caches, sums are float32, and each result is rounded
 once. In float32 torch's library is the one to beat: products of many rows and gradients are torch's, the
-adapter added in place; those of few rows are ours, and those with dropout, whose mask is drawn where x is read.
+adapter added in place; those of few rows are ours, and those with dropout, whose mask is drawn where x is
+read.
 """
 
 from __future__ import annotations

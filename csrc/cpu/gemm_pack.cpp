@@ -69,11 +69,12 @@ int64_t row_of(const int64_t* rows, int64_t i) { return rows ? rows[i] : i; }
 
 template <class T>
 void widen_rows(const Matrix& a, const int64_t* rows, int64_t i0, int64_t i1, int64_t k0, int64_t k1,
-                const Dropout* dropout, int64_t stride, float* to) {
+                const Dropout* dropout, int64_t stride, bool parted, float* to) {
   for (int64_t i = i0; i < i1; i++, to += stride) {
     const int64_t row = row_of(rows, i);
     widen_row<T>(a, row, k0, k1, to);
     if (dropout) drop(*dropout, row * dropout->width + k0, k1 - k0, to);
+    for (int64_t k = 0; parted && k < k1 - k0; k += kGroup) put(to + k, part(load(to + k)), false);
   }
 }
 
@@ -93,8 +94,14 @@ void pack_along(const Matrix& b, const int64_t* rows, int64_t k0, int64_t k1, in
       const int64_t last = n1 - n < kPanel ? n1 : n + kPanel;
       float* panel = to + (n - n0) * depth + (k - k0) * kPanel;
       for (int64_t i = k; i < end; i++, panel += kPanel) {
+        const int64_t row = row_of(rows, i);
+        if (b.col == 1 && last - n == kPanel) {
+          const Pair p = load(static_cast<const T*>(b.data) + row * b.row + n);
+          put(panel, kParted<T> ? interleave(p) : p, false);
+          continue;
+        }
         if (b.col != 1) memset(panel, 0, kPanel * sizeof(float));
-        widen_row<T>(b, row_of(rows, i), n, last, panel);
+        widen_row<T>(b, row, n, last, panel);
       }
     }
   }
@@ -157,10 +164,10 @@ void pack(const Matrix& b, const int64_t* rows, int64_t k0, int64_t k1, int64_t 
 }  // namespace
 
 void gemm_widen(const Matrix& a, const int64_t* rows, int64_t i0, int64_t i1, int64_t k0, int64_t k1,
-                const Dropout* dropout, int64_t stride, float* to) {
-  if (a.dtype == kF32) return widen_rows<float>(a, rows, i0, i1, k0, k1, dropout, stride, to);
-  if (a.dtype == kBF16) return widen_rows<bf16>(a, rows, i0, i1, k0, k1, dropout, stride, to);
-  return widen_rows<f16>(a, rows, i0, i1, k0, k1, dropout, stride, to);
+                const Dropout* dropout, int64_t stride, bool parted, float* to) {
+  if (a.dtype == kF32) return widen_rows<float>(a, rows, i0, i1, k0, k1, dropout, stride, parted, to);
+  if (a.dtype == kBF16) return widen_rows<bf16>(a, rows, i0, i1, k0, k1, dropout, stride, parted, to);
+  return widen_rows<f16>(a, rows, i0, i1, k0, k1, dropout, stride, parted, to);
 }
 
 void gemm_pack(const Matrix& b, const int64_t* rows, int64_t k0, int64_t k1, int64_t n0, int64_t n1,
