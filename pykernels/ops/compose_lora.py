@@ -66,12 +66,15 @@ def compose_lora(
         if method in DENSE:
             deltas = [_wide(a.B) @ (_wide(a.A) * s) for a, s in zip(adapters, scaling, strict=True)]
             return _like(adapters, *truncate(merged_delta(method, deltas, given, kept, drawn), to))
-        A = torch.cat([a.A.double() * c for a, c in zip(adapters, share, strict=True)])
-        B = torch.cat([a.B for a in adapters], 1)
         if method == "cat":
+            A = torch.cat([a.A.double() * c for a, c in zip(adapters, share, strict=True)])
+            B = torch.cat([a.B for a in adapters], 1)
             return LoRA(A.to(B.dtype), B, 1.0)
-        wide = _wide(B)
-        return _like(adapters, *truncate_product(wide, A.to(wide.dtype), to))
+        A = torch.cat([a.A for a in adapters])
+        B = torch.cat([a.B.t() for a in adapters]).t()  # columns stay whole, as products of them read it
+        each = zip(adapters, share, strict=True)
+        scale = torch.cat([A.new_full((len(a.A),), c, dtype=torch.float64) for a, c in each])
+        return _like(adapters, *truncate_product(_wide(B), _wide(A), to, scale))
 
 
 def _rank(method: str, rank: int | None, adapters: Sequence[LoRA]) -> int:

@@ -7,18 +7,61 @@ import torch
 EXACT = 512
 """Dense matrices with a side of at most this many elements go to LAPACK whole."""
 _EXTRA, _ROUNDS, _GAIN = 16, 30, 1e-3
+_APART, _DECAY = 0.1, 0.1
+"""For Gram matrices of float32 products to serve: how far from the span of those before it a column of B of
+length 1 stands at least, and the least singular value that is kept as a part of the largest."""
 
 
-def truncate_product(B: torch.Tensor, A: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [out, R] @ A [R, in] -> factors (A' [rank, in], B' [out, rank]) of the nearest matrix of that rank.
+def truncate_product(
+    B: torch.Tensor, A: torch.Tensor, rank: int, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [out, R] @ diag(scale) @ A [R, in] -> factors (A' [rank, in], B' [out, rank]) of the nearest matrix.
 
-    Through QR of the factors and an SVD of R x R (Halko et al., 2011, section 5.2), never the dense product.
-    The orthogonal factors stay reflections, applied to ``rank`` columns: half the work of forming them.
+    ``scale`` [R] is float64. Never through the dense product: by the Gram matrices of the factors where these
+    are well conditioned, else by QR of the factors and an SVD of R x R (Halko et al., 2011, section 5.2).
     """
+    found = _by_gram(B, A, rank, scale)
+    if found is not None:
+        return found
+    if scale is not None:
+        A = (A.double() * scale[:, None]).to(A.dtype)
     left, right = Reflections(B), Reflections(A.t())
     u, s, v = torch.linalg.svd(left.r @ right.r.t(), full_matrices=False)
     root = s[:rank].sqrt()
     return _padded(right.times(v[:rank].t() * root).t(), left.times(u[:, :rank] * root), rank)
+
+
+def _by_gram(
+    B: torch.Tensor, A: torch.Tensor, rank: int, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The same in a third of the time: with B^T B = L L^T, B L^-T is orthogonal, and L^T A has the singular
+    values of B A, whose squares are the eigenvalues of L^T A A^T L.
+
+    B' A' is B P A with P a projection of rank ``rank`` made in float64, so rounded Gram matrices turn it a
+    little but cost no digits of the product. How little is bounded by two conditions; None where they fail.
+    """
+    if B.dtype != torch.float32 or min(len(B), A.shape[1]) < B.shape[1]:
+        return None
+    gram_b, gram_a = _gram(B), _gram(A.t())
+    size = gram_b.diagonal().sqrt()
+    lower, failed = torch.linalg.cholesky_ex(gram_b / (size[:, None] * size))
+    if bool(failed) or not bool(lower.diagonal().min() > _APART):
+        return None
+    across = lower.t() * (size if scale is None else size * scale)
+    squares, vectors = torch.linalg.eigh((across @ gram_a @ across.t()).to(B.dtype))
+    squares, vectors = squares[-rank:].flip(0).double(), vectors[:, -rank:].flip(1)
+    if not bool(squares[-1] > _DECAY**2 * squares[0]):
+        return None
+    vectors = torch.linalg.qr(vectors.double()).Q
+    root = squares.sqrt().sqrt()
+    inverse = torch.linalg.solve_triangular(lower.t() * size, vectors * root, upper=True)
+    projected = (vectors / root).t() @ across
+    return _padded(projected.to(A.dtype) @ A, B @ inverse.to(B.dtype), rank)
+
+
+def _gram(columns: torch.Tensor) -> torch.Tensor:
+    """columns^T columns in float64, from float32 products."""
+    return (columns.t() @ columns).double()
 
 
 class Reflections:
