@@ -18,7 +18,7 @@ struct {
   PyTypeObject *tensor = nullptr, *parameter = nullptr, *adapter = nullptr;
   PyObject *forced = nullptr, *recording = nullptr, *threads = nullptr;
   PyObject *is_neg = nullptr, *requires_grad = nullptr, *new_empty = nullptr;
-  int64_t float_rows = 0;
+  int64_t float_rows = 0, float_weight = 0;
 } lent;
 
 constexpr int64_t kSmall = 1 << 17;  // multiplications below which a second thread starts too late
@@ -78,9 +78,15 @@ struct Call {
     job.k = weight.at.shape[1];
     if (job.n < 1 || job.k < 1 || x.at.shape[x.at.ndim - 1] != job.k) return;
     job.weight = weight.matrix();
-    if (dtype == kF32 && (job.m > lent.float_rows || (job.weight.col != 1 && job.k > 1))) return;
+    if (dtype == kF32 && !few_rows()) return;
     job.x = {exchange::data_of(x.at), dtype, step, x.stride(x.at.ndim - 1)};
     taken = true;
+  }
+
+  /// Whether a float32 product is ours: the rule of lora_linear_cpu.py.
+  bool few_rows() const {
+    if (job.weight.col != 1 && job.k > 1) return false;
+    return job.m <= lent.float_rows && (job.m > 1 || job.n * job.k < lent.float_weight);
   }
 
   bool add(PyObject* a_object, PyObject* b_object, PyObject* scaling) {
@@ -189,7 +195,8 @@ PyObject* layers(PyObject* const* given) {
   return call.run(given[0]);
 }
 
-/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows): whether calls will be taken.
+/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, float_weight): whether calls
+/// will be taken.
 PyObject* lend_layers(PyObject* const* given) {
   for (int i = 0; i < 6; i++) Py_INCREF(given[i]);
   lent.api = exchange::of_type(given[0]);
@@ -200,6 +207,7 @@ PyObject* lend_layers(PyObject* const* given) {
   lent.recording = given[4];
   lent.threads = given[5];
   lent.float_rows = PyLong_AsLongLong(given[6]);
+  lent.float_weight = PyLong_AsLongLong(given[7]);
   lent.is_neg = PyUnicode_InternFromString("is_neg");
   lent.requires_grad = PyUnicode_InternFromString("requires_grad");
   lent.new_empty = PyUnicode_InternFromString("new_empty");
@@ -216,7 +224,7 @@ PyObject* counted(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
 }
 
-PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 7>), METH_FASTCALL, nullptr},
+PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 8>), METH_FASTCALL, nullptr},
                          {"lora_layer", as_method(counted<layer, 6>), METH_FASTCALL, nullptr},
                          {"lora_layers", as_method(counted<layers, 5>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

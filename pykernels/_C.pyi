@@ -217,6 +217,7 @@ def lend_layers(
     recording: Callable[[], bool],
     threads: Callable[[], int],
     float_rows: int,
+    float_weight: int,
 ) -> bool: ...
 def lora_layer(
     x: object, weight: object, lora_A: object, lora_B: object, scaling: object, bias: object

@@ -10,7 +10,7 @@ import torch
 
 from pykernels import _C
 from pykernels.cut import Cut
-from pykernels.rows import CODES, COMBINE, FLOAT_ROWS, MASKS, NONE_KEPT, SUM_BLOCK, through_float32
+from pykernels.rows import CODES, COMBINE, FLOAT_ROWS, FLOAT_WEIGHT, MASKS, NONE_KEPT, SUM_BLOCK, through_float32
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 
@@ -269,8 +269,8 @@ def everyday_layers(
     forced: ContextVar[str | None], adapter: type
 ) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
     """The calls (x, weight, A, B, scaling, bias) and (x, weight, adapters, index, bias) of the same kind."""
-    recording = torch.is_grad_enabled
-    _C.lend_layers(torch.Tensor, torch.nn.Parameter, adapter, forced, recording, threads, FLOAT_ROWS)
+    types, asked = (torch.Tensor, torch.nn.Parameter, adapter), (forced, torch.is_grad_enabled, threads)
+    _C.lend_layers(*types, *asked, FLOAT_ROWS, FLOAT_WEIGHT)
     return _C.lora_layer, _C.lora_layers
 
 
