@@ -10,7 +10,16 @@ import torch
 
 from pykernels import _C
 from pykernels.cut import Cut
-from pykernels.rows import CODES, COMBINE, FLOAT_ROWS, FLOAT_WEIGHT, MASKS, NONE_KEPT, SUM_BLOCK, through_float32
+from pykernels.rows import (
+    CODES,
+    COMBINE,
+    FLOAT_ROWS,
+    FLOAT_WEIGHT,
+    MASKS,
+    NONE_KEPT,
+    SUM_BLOCK,
+    through_float32,
+)
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 

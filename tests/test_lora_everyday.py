@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -206,6 +207,23 @@ def test_keeps_no_reference():
         everyday_grouped(c.x, c.weight, [*given, None], c.index, c.bias)
         everyday(c.x, c.weight, given[0].A, given[1].B, 1.0, None)
     assert [sys.getrefcount(t) for t in things] == before
+
+
+def test_many_callers_at_once():
+    """Skinny products are done by whichever threads come by; every caller has its own."""
+    c = layer(20, 700, 300, [16, 4, 33, 8], torch.bfloat16, grouped=True)
+    given = [pk.LoRA(*f) for f in c.adapters]
+
+    def results(_=None):
+        with native.use_threads(3):
+            return [everyday_grouped(c.x, c.weight, given, c.index, c.bias),
+                    everyday(c.x[:1], c.weight, *given[0][:3], c.bias)]  # fmt: skip
+
+    wanted = results()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(results, range(60)):
+            for got, want in zip(found, wanted, strict=True):
+                assert_same_bits(got, want)
 
 
 def test_wrong_counts_of_arguments():

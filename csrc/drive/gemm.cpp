@@ -1,7 +1,9 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "isa.h"
 #include "process.h"
@@ -65,11 +67,102 @@ void widen_whole(const Matrix& a, const Matrix& b, const int64_t* rows, int64_t 
   kernels().gemm_widen(a, rows, i0, i1, 0, k, dropout, stride, b.dtype == kBF16, to);
 }
 
+/// One block of rows and columns of a skinny product.
+struct ShrinkBlock {
+  const Shrink* part;
+  int64_t begin, end, n0, n1;
+  bool dots;
+};
+
+/// The blocks of all parts; where rows are too few for every thread, dot products are dealt out by columns.
+std::vector<ShrinkBlock> blocks_of(const std::vector<Shrink>& parts, int threads) {
+  std::vector<ShrinkBlock> blocks;
+  for (const Shrink& p : parts) {
+    const bool dots = as_dots(p.end - p.begin, p.factor);
+    const int64_t width = dots && int(parts.size()) < threads ? kShrinkDots : kGemmWidth;
+    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
+      for (int64_t n = 0; n < p.rank; n += width)
+        blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), n, std::min(p.rank, n + width), dots});
+  }
+  return blocks;
+}
+
+/// A skinny product in blocks. Threads take them when they come by: nobody waits for a product as a whole.
+class Skinny {
+ public:
+  Skinny(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
+         const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads)
+      : out_{low, kF32, low_stride, 1, nullptr},
+        a_(a),
+        k_(k),
+        rows_(rows),
+        dropout_(dropout),
+        threads_(std::max(1, threads)),
+        stride_(up_to(std::max<int64_t>(k, 1), kGemmStripe)),
+        blocks_(blocks_of(parts, threads)),
+        rooms_(threads_,
+               kTile + kGemmDepth * kGemmWidth + std::max(kShrinkRows * kGemmDepth, kGemmDots * stride_)) {}
+
+  int64_t count() const { return int64_t(blocks_.size()); }
+
+  void run(int64_t c, int slot) const {
+    const ShrinkBlock& b = blocks_[size_t(c)];
+    const Matrix& factor = b.part->factor;
+    const int64_t count = b.end - b.begin;
+    float *sums = rooms_.of(slot), *panels = sums + kTile, *wide = panels + kGemmDepth * kGemmWidth;
+    if (!k_) memset(sums, 0, size_t(kTile) * sizeof(float));
+    if (b.dots && k_) {
+      ask_first(c + threads_);
+      widen_whole(a_, factor, rows_, b.begin, b.end, k_, if_any(dropout_), stride_, wide);
+      kernels().gemm_dots(factor, b.n0, b.n1, wide, count, stride_, k_, sums);
+    }
+    for (int64_t k0 = 0; k0 < k_ && !b.dots; k0 += kGemmDepth) {
+      const int64_t k1 = std::min(k_, k0 + kGemmDepth);
+      kernels().gemm_widen(a_, rows_, b.begin, b.end, k0, k1, if_any(dropout_), kGemmDepth, false, wide);
+      kernels().gemm_pack(factor, nullptr, k0, k1, b.n0, b.n1, 1, nullptr, panels);
+      kernels().gemm_multiply(wide, count, panels, b.n1 - b.n0, k1 - k0, sums, k0 > 0, nullptr, 0);
+    }
+    kernels().gemm_finish(sums, out_, rows_, b.begin, b.end, b.n0, b.n1);
+  }
+
+  /// Takes blocks until there are none, and waits for those that other threads took.
+  void finish(int slot) {
+    if (done_.load(std::memory_order_acquire) == count()) return;
+    for (int64_t c; (c = next_.fetch_add(1, std::memory_order_relaxed)) < count();) {
+      run(c, slot);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+    while (done_.load(std::memory_order_acquire) < count()) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t kTile = kShrinkRows * kGemmWidth;
+
+  /// Asks for the columns that a thread will read first in a later block, which nothing announces.
+  void ask_first(int64_t c) const {
+    if (c >= count() || !blocks_[size_t(c)].dots) return;
+    const ShrinkBlock& b = blocks_[size_t(c)];
+    fetch(ahead(b.part->factor, 0, k_, b.n0, std::min(b.n1, b.n0 + kFirst)));
+  }
+
+  const cpu::GemmOut out_;
+  const Matrix a_;
+  const int64_t k_;
+  const int64_t* const rows_;
+  const cpu::Dropout dropout_;
+  const int threads_;
+  const int64_t stride_;
+  const std::vector<ShrinkBlock> blocks_;
+  const Rooms rooms_;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
+
 /// Up to kGemmRows rows of a product, by columns over threads.
 class RowsOfProduct {
  public:
-  RowsOfProduct(const Product& job, int64_t i0, int64_t i1, int threads)
+  RowsOfProduct(const Product& job, int64_t i0, int64_t i1, int threads, Skinny* low)
       : job_(job),
+        low_(low),
         i0_(i0),
         i1_(i1),
         count_(i1 - i0),
@@ -90,8 +183,10 @@ class RowsOfProduct {
     parallel_chunks(chunks, threads_, [&](int64_t c, int slot) {
       float* sums = rooms.of(slot);
       float* panels = sums + tile;
-      columns(c * kGemmWidth, std::min(job_.n, (c + 1) * kGemmWidth), sums, panels,
-              panels + kGemmDepth * kGemmWidth);
+      const int64_t n0 = c * kGemmWidth, n1 = std::min(job_.n, n0 + kGemmWidth);
+      frozen(n0, n1, sums, panels);
+      if (low_) low_->finish(slot);
+      adapted(n0, n1, sums, panels, panels + kGemmDepth * kGemmWidth);
     });
   }
 
@@ -133,7 +228,7 @@ class RowsOfProduct {
     }
   }
 
-  void columns(int64_t n0, int64_t n1, float* sums, float* panels, float* room) {
+  void frozen(int64_t n0, int64_t n1, float* sums, float* panels) const {
     if (!blocks_) memset(sums, 0, size_t(count_ * kGemmWidth) * sizeof(float));
     std::vector<cpu::Ahead> asked;
     if (dots_ && blocks_) {
@@ -150,6 +245,9 @@ class RowsOfProduct {
       kernels().gemm_multiply(wide() + block * count_ * kGemmDepth, count_, panels, n1 - n0, depth(block),
                               sums, block > 0, asked.data(), int64_t(asked.size()));
     }
+  }
+
+  void adapted(int64_t n0, int64_t n1, float* sums, float* panels, float* room) const {
     for (const Extension& e : job_.extensions) {
       const int64_t begin = std::max(e.begin, i0_), end = std::min(e.end, i1_);
       if (begin < end) extend(e, begin, end, n0, n1, sums + (begin - i0_) * kGemmWidth, panels, room);
@@ -158,7 +256,7 @@ class RowsOfProduct {
   }
 
   void extend(const Extension& e, int64_t begin, int64_t end, int64_t n0, int64_t n1, float* sums,
-              float* panels, float* room) {
+              float* panels, float* room) const {
     const bool drops = job_.dropout.drops();
     if (!drops && end - begin <= kGemmDots && expand(e, begin, end, n0, n1, sums)) return;
     const Matrix low{e.low, kF32, e.low_stride, 1};
@@ -182,6 +280,7 @@ class RowsOfProduct {
   }
 
   const Product& job_;
+  Skinny* const low_;  // what the extensions wait for; may be null
   const int64_t i0_, i1_, count_;
   const int threads_;
   const bool dots_;
@@ -189,63 +288,24 @@ class RowsOfProduct {
   const Scratch wide_;
 };
 
-/// One block of rows and columns of a skinny product.
-struct ShrinkBlock {
-  const Shrink* part;
-  int64_t begin, end, n0, n1;
-  bool dots;
-};
-
-/// The blocks of all parts; where rows are too few for every thread, dot products are dealt out by columns.
-std::vector<ShrinkBlock> blocks_of(const std::vector<Shrink>& parts, int threads) {
-  std::vector<ShrinkBlock> blocks;
-  for (const Shrink& p : parts) {
-    const bool dots = as_dots(p.end - p.begin, p.factor);
-    const int64_t width = dots && int(parts.size()) < threads ? kShrinkDots : kGemmWidth;
-    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
-      for (int64_t n = 0; n < p.rank; n += width)
-        blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), n, std::min(p.rank, n + width), dots});
-  }
-  return blocks;
-}
-
-/// Asks for the columns that a thread will read first in its next block, which nothing announces.
-void ask_first(const ShrinkBlock& next, int64_t k) {
-  if (next.dots) fetch(ahead(next.part->factor, 0, k, next.n0, std::min(next.n1, next.n0 + kFirst)));
-}
-
 }  // namespace
 
 void product(const Product& job, int threads) {
   for (int64_t i = 0; i < job.m; i += kGemmRows)
-    RowsOfProduct(job, i, std::min(job.m, i + kGemmRows), threads).run();
+    RowsOfProduct(job, i, std::min(job.m, i + kGemmRows), threads, nullptr).run();
+}
+
+void product_with(const Product& job, float* low, int64_t low_stride, const std::vector<Shrink>& parts,
+                  int threads) {
+  Skinny before(low, low_stride, job.a, job.k, job.rows, parts, job.dropout, threads);
+  for (int64_t i = 0; i < job.m; i += kGemmRows)
+    RowsOfProduct(job, i, std::min(job.m, i + kGemmRows), threads, &before).run();
 }
 
 void shrink(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
             const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads) {
-  const std::vector<ShrinkBlock> blocks = blocks_of(parts, threads);
-  const cpu::GemmOut out{low, kF32, low_stride, 1, nullptr};
-  const int64_t stride = up_to(std::max<int64_t>(k, 1), kGemmStripe), tile = kShrinkRows * kGemmWidth;
-  const Rooms rooms(std::min<int64_t>(threads, int64_t(blocks.size())),
-                    tile + kGemmDepth * kGemmWidth + std::max(kShrinkRows * kGemmDepth, kGemmDots * stride));
-  parallel_chunks(int64_t(blocks.size()), threads, [&](int64_t c, int slot) {
-    const ShrinkBlock& b = blocks[size_t(c)];
-    const int64_t count = b.end - b.begin;
-    float *sums = rooms.of(slot), *panels = sums + tile, *wide = panels + kGemmDepth * kGemmWidth;
-    if (!k) memset(sums, 0, size_t(tile) * sizeof(float));
-    if (b.dots && k) {
-      if (c + threads < int64_t(blocks.size())) ask_first(blocks[size_t(c + threads)], k);
-      widen_whole(a, b.part->factor, rows, b.begin, b.end, k, if_any(dropout), stride, wide);
-      kernels().gemm_dots(b.part->factor, b.n0, b.n1, wide, count, stride, k, sums);
-    }
-    for (int64_t k0 = 0; k0 < k && !b.dots; k0 += kGemmDepth) {
-      const int64_t k1 = std::min(k, k0 + kGemmDepth);
-      kernels().gemm_widen(a, rows, b.begin, b.end, k0, k1, if_any(dropout), kGemmDepth, false, wide);
-      kernels().gemm_pack(b.part->factor, nullptr, k0, k1, b.n0, b.n1, 1, nullptr, panels);
-      kernels().gemm_multiply(wide, count, panels, b.n1 - b.n0, k1 - k0, sums, k0 > 0, nullptr, 0);
-    }
-    kernels().gemm_finish(sums, out, rows, b.begin, b.end, b.n0, b.n1);
-  });
+  const Skinny job(low, low_stride, a, k, rows, parts, dropout, threads);
+  parallel_chunks(job.count(), threads, [&](int64_t c, int slot) { job.run(c, slot); });
 }
 
 void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matrix& a, int64_t n,

@@ -38,15 +38,13 @@ void lora_linear(const LoraLinear& job, int threads) {
   };
   if (!job.index) {
     add(job.adapters[0], 0, job.m);
-    shrink(low, widest, job.x, job.k, nullptr, parts, nothing, threads);
-    return product(product_job, threads);
+    return product_with(product_job, low, widest, parts, threads);
   }
   const Order order(job.index, job.m, job.adapters.size());
   for (size_t a = 0; a < job.adapters.size(); a++)
     add(job.adapters[a], order.begin[a + 1], order.begin[a + 2]);
   product_job.rows = order.rows.data();
-  shrink(low, widest, job.x, job.k, product_job.rows, parts, nothing, threads);
-  product(product_job, threads);
+  product_with(product_job, low, widest, parts, threads);
 }
 
 }  // namespace pk
