@@ -71,6 +71,13 @@ def apart(op: str, out: torch.Tensor, name: str, tensor: torch.Tensor | None) ->
         raise ValueError(f"{op}: out must share no memory with {name}")
 
 
+def finite(op: str, name: str, tensor: torch.Tensor, when: str) -> None:
+    """No element may be NaN or infinite."""
+    if not tensor.isfinite().all():
+        at = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{op}: {name} must be finite {when}, got {tensor[tuple(at)].item()} at {at}")
+
+
 def alike(op: str, given: Sequence[Any]) -> list[float]:
     """One or more LoRA of one shape, dtype and device, without a magnitude; returns their scalings."""
     sequence(op, given)

@@ -159,6 +159,7 @@ FILES: list[tuple[dict[str, torch.Tensor], dict[str, Any], str]] = [
         "must be matrices",
     ),
     ({**GOOD, f"{LAYER}.lora_B.weight": torch.ones(67, 4).int()}, {}, "I32 is no type of an adapter"),
+    ({f"{LAYER}\n.lora_A.weight": torch.ones(4, 131)}, {}, "a module's path has no line breaks"),
     ({}, {}, "holds no tensors"),
 ]
 

@@ -86,7 +86,8 @@ def hard(kind: str) -> list[LoRA]:
         "nothing in B": [one, two._replace(B=torch.zeros_like(two.B))],
         "nothing at all": [one._replace(A=torch.zeros_like(one.A)), two._replace(A=torch.zeros_like(two.A))],
         "values that fall": [one, two._replace(scaling=1e-6)],
-        "not finite": [one._replace(B=torch.full_like(one.B, torch.nan)), two],
+        "squares too large": [a._replace(A=a.A * 1e20) for a in even],
+        "squares too small": [a._replace(B=a.B * 1e-19) for a in even],
     }
     return changed[kind]
 
@@ -100,6 +101,8 @@ KINDS = (
     "nothing in B",
     "nothing at all",
     "values that fall",
+    "squares too large",
+    "squares too small",
 )
 SQUARED = {
     "well conditioned": (6, 12),
@@ -122,11 +125,6 @@ def test_svd_keeps_its_digits(kind, rank, monkeypatch):
     left = float((dense(result) - truth).norm()), float((truncated(truth, rank) - truth).norm())
     assert left[0] <= left[1] + 3e-6 * float(truth.norm())
     assert len(result.A) == rank and result.A.isfinite().all() and result.B.isfinite().all()
-
-
-def test_svd_of_what_is_not_finite():
-    with pytest.raises(RuntimeError):
-        pk.compose_lora(hard("not finite"), [1.0, 1.0], method="svd")
 
 
 def test_svd_of_more_ranks_than_the_matrix_has():
@@ -181,6 +179,44 @@ def test_no_graph_is_recorded():
     a = LoRA(torch.ones(1, 4, requires_grad=True), torch.ones(3, 1), 1.0)
     for method in ("cat", "svd", "peft_linear"):
         assert not pk.compose_lora([a], 1.0, method=method).A.requires_grad
+
+
+def with_element(value: float, factor: str) -> list[LoRA]:
+    """Three adapters, the second with ``value`` at [1, 1] of a factor."""
+    given = adapters(dtype=torch.float32)
+    getattr(given[1], factor)[1, 1] = value
+    return given
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_elements_that_are_no_numbers_are_named(factor, value):
+    given = with_element(value, factor)
+    with pytest.raises(ValueError) as error:
+        pk.compose_lora(given, WEIGHTS, method="svd")
+    wanted = f"compose_lora: adapters[1].{factor} must be finite with method 'svd', got {value} at [1, 1]"
+    assert str(error.value) == wanted
+    for method, options in OPTIONS.items():
+        with pytest.raises(ValueError, match=r"the delta of adapters\[1\] must be finite with method"):
+            pk.compose_lora(given, WEIGHTS, method=method, **options)
+    for method in ("cat", "peft_linear"):  # no decomposition: an element that is no number stays one
+        handed = pk.compose_lora([given[1]] * 2, [1.0, 1.0], method=method)
+        assert not getattr(handed, factor).isfinite().all()
+
+
+def test_sums_beyond_float32_are_named():
+    huge = LoRA(torch.full((2, 5), 1e30), torch.full((4, 2), 1e30), 1.0)
+    drawn = LoRA(1e30 * random(8, 50, seed=1), 1e30 * random(40, 8, seed=2), 1.0)
+    for given in (huge, drawn):  # LAPACK gives NaN for the one and an error for the other
+        with pytest.raises(ValueError, match="the sum must have singular values that float32 holds"):
+            pk.compose_lora([given], 1.0, method="svd")
+    with pytest.raises(ValueError, match=r"the delta of adapters\[0\] must be finite .* got inf at \[0, 0\]"):
+        pk.compose_lora([huge], 1.0, method="ties", density=0.5)
+    with pytest.raises(ValueError, match=r"adapters\[0\]\.A times weight and scaling must be finite"):
+        pk.compose_lora([huge], 1e9, method="svd")
+    large = LoRA(torch.full((2, 5), 1e19), torch.full((4, 2), 1e18), 1.0)
+    with pytest.raises(ValueError, match=r"the merged delta must be finite with method 'magnitude_prune'"):
+        pk.compose_lora([large, large], 16.0, method="magnitude_prune", density=1.0)
 
 
 def peft_layer(given: list[LoRA]):

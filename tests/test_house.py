@@ -28,6 +28,8 @@ FLOORS = (
     ("terminal",),
     ("__init__",),
     ("engine.run", "adapters.compose", "adapters.extract"),
+    ("adapters.composition",),
+    ("adapters.copies", "adapters.write"),
     ("engine.verify", "engine.plan", "engine"),
     ("adapters",),
     ("engine.files", "engine.header", "engine.index", "engine.shard", "engine.strict_json"),

@@ -351,7 +351,7 @@ def test_an_input_that_changes_is_noticed(home: Path, tmp_path: Path) -> None:
 def test_two_merges_into_one_place(home: Path, tmp_path: Path) -> None:
     def again(state: Progress) -> None:
         if state.done < state.total:
-            with pytest.raises(OutputError, match="another merge is writing"):
+            with pytest.raises(OutputError, match="another run is writing"):
                 merge(recipe(home, "ties"), tmp_path / "out")
 
     merge(recipe(home, "ties"), tmp_path / "out", progress=again)

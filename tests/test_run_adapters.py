@@ -12,6 +12,9 @@ from click.testing import CliRunner
 
 import pykernels
 from pykernels.cli import main
+from pykernels.engine.factors import PATIENCE
+from pykernels.engine.mapped import Inputs
+from pykernels.engine.plan import make_plan
 from pykernels.engine.recipe import adapter_recipe
 from pykernels.engine.run import merge
 from pykernels.engine.verify import verify
@@ -175,7 +178,6 @@ def test_devices_leave_tensors_with_adapters_to_the_cpu(home, tmp_path, monkeypa
 
 
 def test_one_model_in_two_ways_is_refused(home):
-    from pykernels.engine.plan import make_plan
     from pykernels.engine.recipe import read_recipe
 
     names = [f"{home / 'base'}+{home / 'a'}", f"{home / 'base'}+{home}/./a"]
@@ -228,3 +230,59 @@ def test_backends_agree(home, tmp_path):
         exact = merged(home, tmp_path / "exact", *ALL)
     for name, tensor in exact.items():
         assert (tensor != fast[name]).sum() <= tensor.numel() // 1000
+
+
+@pytest.mark.parametrize("room", [0, 1 << 20])
+def test_experts_factors_are_read_once_where_there_is_room(home, tmp_path, room):
+    """Of a base with a matrix per expert: every output reads the same A and B."""
+    base = load(home / "base")["model.layers.1.experts.up_proj"]
+    state = {f"m.experts.{e}.down_proj.weight": base[e].t().contiguous() for e in range(3)}
+    write_model(tmp_path / "base", state)
+    adapter = write_adapter(
+        tmp_path / "a", factors("m.experts", 40, 50, rank=12), target_parameters=["experts.down_proj"]
+    )
+    plan = make_plan(adapter_recipe(str(tmp_path / "base"), [str(adapter)]))
+    inputs = Inputs({path: i for model in plan.models for path, i in model.identities.items()})
+    reader, read = inputs.adapted.factors, []
+    stored = reader._read
+    reader._read = lambda info, *rest: (read.append(info.name), stored(info, *rest))[1]
+    reader.room = room
+    held = load(adapter)
+    A, B = (held[f"{PREFIX}m.experts.lora_{f}.weight"] for f in "AB")
+    for e, out in enumerate(sorted(plan.outputs, key=lambda o: o.name)):
+        for first, count in ((0, 700), (700, 1300)):  # in the middle of a row
+            got = inputs.elements(out.sources[0], first, count)
+            lora = LoRA(A.view(3, 4, 50)[e], B.view(40, 4, 3)[..., e].contiguous(), 6 / 4)
+            wanted = pykernels.merge_lora(state[out.name], [lora]).view(-1)[first : first + count]
+            assert torch.equal(got, wanted)
+    assert (len(read) == 2) == bool(room)
+    inputs.close()
+
+
+def test_factors_leave_when_they_were_not_used_for_long(tmp_path):
+    """What comes in turns stays, and the rest is read as it is needed, never the whole for a part."""
+    modules = [f"m{i}" for i in range(4)]
+    tensors = {k: v.half() for m in modules for k, v in factors(m, 10, 10, seed=int(m[1:])).items()}
+    write_model(tmp_path / "base", {f"{m}.weight": torch.zeros(10, 10) for m in modules})
+    plan = make_plan(adapter_recipe(str(tmp_path / "base"), [str(write_adapter(tmp_path / "a", tensors))]))
+    changes = [out.sources[0].changes[0] for out in sorted(plan.outputs, key=lambda o: o.name)]
+    inputs = Inputs({path: i for model in plan.models for path, i in model.identities.items()})
+    held = inputs.adapted.factors
+    held.room = 2 * 4 * 4 * 20  # of two modules in float32
+
+    def piece(i: int) -> torch.Tensor:
+        A, B = held.piece(changes[i], torch.float32, 0, 3, 4)
+        assert torch.equal(A, tensors[f"m{i}.lora_A.weight"].float())
+        assert torch.equal(B, tensors[f"m{i}.lora_B.weight"].float()[3:7])
+        return A
+
+    first = piece(0)
+    for i in (1, 2, 3, 2, 3):
+        piece(i)
+    assert piece(0).data_ptr() == first.data_ptr() and len(held._held) == 2
+    for _ in range(PATIENCE + 2):
+        piece(0)
+    kept = piece(2)  # instead of 1
+    assert piece(2).data_ptr() == kept.data_ptr() and piece(0).data_ptr() == first.data_ptr()
+    inputs.close()
+    assert not held._held

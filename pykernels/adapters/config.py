@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pykernels.adapters.patterns import Patterns, Value
 from pykernels.engine.header import INT64_MAX
 from pykernels.engine.shard import inside, open_regular, read_exactly
 from pykernels.engine.strict_json import FileError, shown, strict_json
@@ -45,9 +45,6 @@ VARIANTS: Mapping[str, str] = {
 
 LARGEST = 2.0**127
 """Of alphas and scalings: float32 holds them."""
-_UNITS = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
-"""Escapes and classes of a regular expression, whose signs mean something else."""
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Beginnings of initialisations that take a part out of the base: the adapter belongs to what they left."""
@@ -60,8 +57,8 @@ class AdapterConfig:
     path: Path
     r: int
     lora_alpha: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    ranks: Patterns[int]
+    alphas: Patterns[float]
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
@@ -73,22 +70,21 @@ class AdapterConfig:
     tied: bool
     said: Mapping[str, str | None]
 
+    def rows(self, module: str) -> tuple[int, ...] | None:
+        """The trainable tokens of an embedding."""
+        for name, rows in self.token_indices.items():
+            if name and f".{module}".endswith(f".{name}"):
+                return rows
+        return self.token_indices.get("")
+
     def rank(self, module: str) -> int:
         """The rank that the config gives a module (its path below ``base_model.model``)."""
-        return int(_matching(self.rank_pattern, module, self.r))
+        return self.ranks.find(module, self.r)
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, with rank-stabilised LoRA alpha / sqrt(r) (Kalajdzievski, 2023)."""
-        alpha = float(_matching(self.alpha_pattern, module, self.lora_alpha))
+        alpha = self.alphas.find(module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first key in the file's order that fits the end of a path, as a regular expression, decides."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def read_config(adapter: Path) -> AdapterConfig:
@@ -126,8 +122,8 @@ class _Reader:
             path=self._path,
             r=self._rank("r", self._found.get("r", 8)),
             lora_alpha=self._number("lora_alpha", self._found.get("lora_alpha", 8)),
-            rank_pattern={k: self._rank("rank_pattern", v) for k, v in self._pattern("rank_pattern")},
-            alpha_pattern={k: self._number("alpha_pattern", v) for k, v in self._pattern("alpha_pattern")},
+            ranks=self._pattern("rank_pattern", self._rank),
+            alphas=self._pattern("alpha_pattern", self._number),
             use_rslora=self._flag("use_rslora"),
             use_dora=self._flag("use_dora"),
             fan_in_fan_out=self._flag("fan_in_fan_out"),
@@ -189,18 +185,12 @@ class _Reader:
             self._refuse(key, value, "a rank must be an integer of at least 1, and of 64 bits")
         return int(value)
 
-    def _pattern(self, key: str) -> list[tuple[str, Any]]:
+    def _pattern(self, key: str, read: Callable[[str, Any], Value]) -> Patterns[Value]:
         value = self._found.get(key) or {}
         if not isinstance(value, dict):
             self._refuse(key, value, "must be an object")
-        for expression in value:
-            try:
-                re.compile(rf"(.*\.)?({expression})$")
-            except (re.error, OverflowError, RecursionError) as error:
-                self._refuse(key, expression, f"not a regular expression: {error}")
-            if _REPEATED_GROUP.search(_UNITS.sub("u", expression)):
-                self._refuse(key, expression, "repeats a group, and such a search may never end")
-        return list(value.items())
+        where = f"{shown(self._path, 300)}: {key}"
+        return Patterns(where, {pattern: read(key, number) for pattern, number in value.items()})
 
     def _bias(self) -> str:
         value = self._found.get("bias", "none")

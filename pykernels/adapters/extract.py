@@ -148,7 +148,7 @@ class _Extraction:
             fan_in_fan_out=self._turned,
             modules_to_save=saved or None,
         )
-        nbytes = write_adapter(out, self._made, config)
+        nbytes = write_adapter(out, self._made, config, self._inputs)
         return Extracted(out, dict(self._made.ranks), self._errors, tuple(saved), tuple(biases), nbytes)
 
     def _copy(self, name: str) -> torch.Tensor:

@@ -72,7 +72,10 @@ def _stripped(info: TensorInfo) -> str:
     prefix = _PREFIX.match(info.name)
     if prefix is None:
         raise FileError(_says(info, "its key must begin with base_model.model., as PEFT writes it"))
-    return _WRAPPERS.sub("", info.name[prefix.end() :])
+    path = _WRAPPERS.sub("", info.name[prefix.end() :])
+    if "\n" in path:
+        raise FileError(_says(info, "a module's path has no line breaks"))
+    return path
 
 
 def _levels(module: str) -> tuple[str, int]:

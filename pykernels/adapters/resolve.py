@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import NoReturn
 
 from pykernels.adapters import experts
 from pykernels.adapters.change import ADD, REPLACE, ROWS, VECTOR, Change
 from pykernels.adapters.checkpoint import Adapter
 from pykernels.adapters.config import LARGEST
 from pykernels.adapters.keys import BIAS, MAGNITUDE, TOKENS, A, B, Parts
+from pykernels.adapters.pairs import check_pair, refuse
 from pykernels.engine.files import MERGEABLE
 from pykernels.engine.shard import TensorInfo
-from pykernels.engine.strict_json import FileError, shown
+from pykernels.engine.strict_json import shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Resolver:
                 self._tokens(parts)
             if parts.tensors.keys() == {TOKENS}:
                 continue
-            self._check_pair(parts)
+            check_pair(parts, self._config)
             if parts.embedding or self._named(f"{parts.module}.weight") is not None:
                 self._low_rank(parts)
             else:
@@ -91,9 +91,6 @@ class _Resolver:
         for levels in nested.values():
             self._parameters(levels)
         return self._found
-
-    def _refuse(self, info: TensorInfo, what: str) -> NoReturn:
-        raise FileError(f"{shown(info.file, 300)}: tensor {shown(info.name)}: {what}")
 
     def _named(self, name: str) -> TensorInfo | None:
         """The base's tensor of a name, its tied twin, or the only one that differs in leading parts alone."""
@@ -122,12 +119,12 @@ class _Resolver:
     def _wanted(self, name: str, info: TensorInfo) -> TensorInfo:
         found = self._named(name)
         if found is None:
-            self._refuse(info, f"changes {shown(name)}, which {shown(self._base.name)} does not hold")
+            refuse(info, f"changes {shown(name)}, which {shown(self._base.name)} does not hold")
         if found.dtype not in MERGEABLE:
             why = (
                 f"the base's {shown(found.name)} is {found.dtype}, and only {', '.join(MERGEABLE)} are merged"
             )
-            self._refuse(info, f"{why}: dequantise the base first")
+            refuse(info, f"{why}: dequantise the base first")
         return found
 
     def _copy(self, name: str, info: TensorInfo, low_rank: set[str]) -> None:
@@ -135,9 +132,7 @@ class _Resolver:
         module = name.rpartition(".")[0]
         of_base = ".base_layer." in info.name and module in low_rank and name.endswith(".weight")
         if not of_base and self._weight != 1.0:
-            self._refuse(
-                info, f"a full copy replaces the base's tensor, and a weight of {self._weight} cannot"
-            )
+            refuse(info, f"a full copy replaces the base's tensor, and a weight of {self._weight} cannot")
         if not of_base and name not in self._base.tensors and name in self._base.tied:
             twin = self._base.tensors[self._base.tied[name]]
             self._check_shape(info, twin.shape, name)
@@ -161,7 +156,7 @@ class _Resolver:
 
     def _check_shape(self, info: TensorInfo, shape: tuple[int, ...], name: str) -> None:
         if info.shape != shape:
-            self._refuse(
+            refuse(
                 info,
                 f"must have the shape {list(shape)} of the base's {shown(name)}, got {list(info.shape)}; "
                 "after a change of the vocabulary the base must be resized first",
@@ -170,56 +165,30 @@ class _Resolver:
     def _tokens(self, parts: Parts) -> None:
         info = parts.tensors[TOKENS]
         found = self._wanted(f"{parts.module}.weight", info)
-        rows = self._indices(parts.module)
+        rows = self._config.rows(parts.module)
         if rows is None:
-            self._refuse(info, "trainable_token_indices of the config does not name its module")
+            refuse(info, "trainable_token_indices of the config does not name its module")
         if self._weight != 1.0:
-            self._refuse(info, f"rows are overwritten, and a weight of {self._weight} cannot be used")
+            refuse(info, f"rows are overwritten, and a weight of {self._weight} cannot be used")
         if info.shape != (len(rows), *found.shape[1:]):
             want = [len(rows), *found.shape[1:]]
-            self._refuse(info, f"must have shape {want}, a row per trainable token, got {list(info.shape)}")
+            refuse(info, f"must have shape {want}, a row per trainable token, got {list(info.shape)}")
         if rows and max(rows) >= found.shape[0]:
-            self._refuse(info, f"overwrites row {max(rows)} of {found.shape[0]}")
+            refuse(info, f"overwrites row {max(rows)} of {found.shape[0]}")
         self._found.count("tokens")
         self._found.add(found.name, Change(ROWS, self._number, (info,), index=rows))
-
-    def _indices(self, module: str) -> tuple[int, ...] | None:
-        named = self._config.token_indices
-        for name, rows in named.items():
-            if name and f".{module}".endswith(f".{name}"):
-                return rows
-        return named.get("")
-
-    def _check_pair(self, parts: Parts) -> None:
-        some = next(iter(parts.tensors.values()))
-        for part in (A, B):
-            if part not in parts.tensors:
-                self._refuse(some, f"has no lora_{part} beside it")
-        a, b = parts.tensors[A], parts.tensors[B]
-        if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
-            self._refuse(
-                a, f"A and B must be matrices that hold something, got {list(a.shape)}, {list(b.shape)}"
-            )
-        if (MAGNITUDE in parts.tensors) != self._config.use_dora:
-            said = str(self._config.use_dora).lower()
-            self._refuse(
-                parts.tensors.get(MAGNITUDE, a), f"use_dora is {said}, and the magnitude's tensor says not"
-            )
-        if (BIAS in parts.tensors) != self._config.lora_bias and not parts.embedding:
-            said = str(self._config.lora_bias).lower()
-            self._refuse(parts.tensors.get(BIAS, b), f"lora_bias is {said}, and the bias of B says not")
 
     def _rank(self, parts: Parts, rank: int) -> float:
         """The scaling of a module of this rank, which must be the config's."""
         said = self._config.rank(parts.module)
         if rank != said:
-            self._refuse(parts.tensors[A], f"has rank {rank}, r and rank_pattern of the config give {said}")
+            refuse(parts.tensors[A], f"has rank {rank}, r and rank_pattern of the config give {said}")
         return self._scaled(parts.tensors[A], self._config.scaling(parts.module, rank))
 
     def _scaled(self, info: TensorInfo, scaling: float) -> float:
         """The scaling with the weight of the adapter, which float32 must hold."""
         if not abs(scaling * self._weight) <= LARGEST:
-            self._refuse(info, f"is scaled by {scaling:g} and a weight of {self._weight:g}: not in float32")
+            refuse(info, f"is scaled by {scaling:g} and a weight of {self._weight:g}: not in float32")
         return scaling * self._weight
 
     def _low_rank(self, parts: Parts) -> None:
@@ -228,7 +197,7 @@ class _Resolver:
         scaling = self._rank(parts, a.shape[0])
         groups = a.shape[0] / b.shape[1] if not parts.embedding and len(b.shape) > 2 else 1
         if groups != 1:
-            self._refuse(b, f"belongs to a convolution of {groups:g} groups, which PEFT cannot merge either")
+            refuse(b, f"belongs to a convolution of {groups:g} groups, which PEFT cannot merge either")
         conv = len(found.shape) > 2
         columns, rows = prod(a.shape[1:]), b.shape[0]
         flat = (found.shape[0], prod(found.shape[1:]))
@@ -237,7 +206,7 @@ class _Resolver:
         transposed = parts.embedding or (turned and not conv)
         stored = (columns, rows) if transposed else (rows, columns)
         if len(found.shape) < 2 or flat != stored or prod(b.shape[1:]) != a.shape[0]:
-            self._refuse(
+            refuse(
                 a,
                 f"A {list(a.shape)} and B {list(b.shape)} make a change of {list(stored)}, the base's "
                 f"{shown(found.name)} is {list(found.shape)}",
@@ -257,14 +226,14 @@ class _Resolver:
 
     def _magnitude(self, info: TensorInfo, rows: int) -> TensorInfo:
         if prod(info.shape) != rows:
-            self._refuse(info, f"must hold a magnitude per output, {rows}, got {list(info.shape)}")
+            refuse(info, f"must hold a magnitude per output, {rows}, got {list(info.shape)}")
         return info
 
     def _bias(self, parts: Parts, scaling: float) -> None:
         info = parts.tensors[BIAS]
         found = self._named(f"{parts.module}.bias")
         if found is None:
-            self._refuse(info, f"is added to {shown(parts.module + '.bias')}, which the base does not hold")
+            refuse(info, f"is added to {shown(parts.module + '.bias')}, which the base does not hold")
         self._check_shape(info, found.shape, found.name)
         self._found.add(found.name, Change(VECTOR, self._number, (info,), scaling))
 
@@ -275,15 +244,13 @@ class _Resolver:
         for parts in levels:
             for part in (MAGNITUDE, BIAS):
                 if part in parts.tensors:
-                    self._refuse(parts.tensors[part], "target_parameters know neither DoRA nor a bias of B")
+                    refuse(parts.tensors[part], "target_parameters know neither DoRA nor a bias of B")
             a, b = parts.tensors[A], parts.tensors[B]
             if len(a.shape) != 2 or b.shape[1:] != a.shape[:1]:
-                self._refuse(
-                    a, f"A {list(a.shape)} and B {list(b.shape)} must hold the same ranks of all experts"
-                )
+                refuse(a, f"A {list(a.shape)} and B {list(b.shape)} must hold the same ranks of all experts")
         placed = experts.fit(levels, self._config, self._base.tensors, self._base.model_type)
         if isinstance(placed, str):
-            self._refuse(first, placed)
+            refuse(first, placed)
         for parts, changes in zip(levels, placed, strict=True):
             self._found.count("parameter")
             for name, change in changes:

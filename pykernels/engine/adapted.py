@@ -1,7 +1,8 @@
 """Tensors as adapters change them, rows at a time: sources that are more than bytes of a file.
 
-Traffic: the base's rows and the same rows of B once, A once per piece; nothing is held but what is returned,
-except where rows depend on each other (``Adapted.whole``): then one whole tensor per model.
+Traffic: the base's rows and the same rows of B once, A once per piece. Beside what is returned, factors that
+files keep in another layout are held within a bound (``factors``), and where rows depend on each other
+(``Adapted.whole``) one whole tensor per model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from pykernels.adapters.change import REPLACE, ROWS, VECTOR, Change
+from pykernels.engine.factors import Factors
 from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.shard import TensorInfo
 from pykernels.engine.units import Adapted
@@ -34,6 +36,7 @@ class AdaptedTensors:
     def __init__(self, read: Read) -> None:
         self._read = read
         self._held: dict[int, tuple[Adapted, torch.Tensor]] = {}
+        self.factors = Factors(read)
         self._context = copy_context()  # adapters are merged by the backend of whoever opened the files
 
     def elements(
@@ -165,7 +168,7 @@ class AdaptedTensors:
 
     def _factor(self, info: TensorInfo, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Elements of a factor as PEFT loads them by default: float32, float64 beside a base of float64."""
-        return self._read(info, first, count).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return self._read(info, first, count).to(_wide(dtype))
 
     def _lora(self, change: Change, dtype: torch.dtype, expert: int | None = None) -> LoRA:
         """A whole change, as PEFT writes it: A [r, in], B [out, r]; of one expert where there are several."""
@@ -185,13 +188,9 @@ class AdaptedTensors:
         count, expert = len(weight), None
         if change.experts and change.expert is None:
             expert, first = divmod(first, source.shape[1])
-        a, b = change.tensors[:2]
-        start, width = first + change.offset, prod(b.shape) // b.shape[0]
-        if change.transposed or change.experts:
-            lora = _oriented(self._lora(change, weight.dtype, expert), change.transposed)
-            return LoRA(lora.A.contiguous(), lora.B[start : start + count].contiguous(), change.scaling)
-        A = self._factor(a, 0, prod(a.shape), weight.dtype).view(a.shape[0], -1)
-        B = self._factor(b, start * width, count * width, weight.dtype).view(count, width)
+        start = first + change.offset
+        at = change.expert if expert is None else expert
+        A, B = self.factors.piece(change, _wide(weight.dtype), at or 0, start, count)
         magnitude = None
         if len(change.tensors) > 2:
             magnitude = self._factor(change.tensors[2], start, count, weight.dtype)
@@ -217,6 +216,11 @@ class AdaptedTensors:
             return delta(A, B, scaling, change.transposed)
         inputs = A.view(change.tensors[0].shape).transpose(0, 1)
         return _CONV[len(kernel)](inputs, B.view(*B.shape, *(1 for _ in kernel))).transpose(0, 1) * scaling
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which factors are added to a weight of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _turned(group: Sequence[Change]) -> bool:

@@ -1,7 +1,7 @@
 """The hidden folder that a merge works in, and the order in which its files get their final names.
 
-OUT/.pykernels-<id>/ holds everything until it is complete; <id> is a hash of the plan, so a later run of the
-same plan finds it. Its ``journal.jsonl`` is reserved for resuming: one line per finished shard.
+OUT/.pykernels-<id>/ holds everything until it is complete; a merge's <id> is a hash of the plan, so a later
+run of the same plan finds it. Its ``journal.jsonl`` is reserved for resuming: one line per finished shard.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from pykernels.engine.units import Plan
 
 
 @contextlib.contextmanager
-def workplace(plan: Plan, out: Path) -> Iterator[Path]:
-    """A fresh hidden folder in OUT, gone again at the end. OutputError while another merge writes there."""
+def workplace(out: Path, mark: str) -> Iterator[Path]:
+    """A fresh hidden folder in OUT, named by ``mark``, gone again at the end, as OUT is if new and empty.
+
+    Raises OutputError while another run writes into OUT.
+    """
     made = not out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         for leftover in out.glob(f"{HIDDEN}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        folder = out / f"{HIDDEN}{plan_id(plan)}"
-        folder.mkdir()
+        folder = out / f"{HIDDEN}{mark}"
         try:
+            folder.mkdir()
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             if made:
-                with contextlib.suppress(OSError):  # not empty: the merge succeeded
+                with contextlib.suppress(OSError):  # not empty: the run succeeded
                     out.rmdir()
 
 
@@ -56,7 +59,7 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{shown(out, 300)}: another merge is writing into it") from None
+            raise OutputError(f"{shown(out, 300)}: another run is writing into it") from None
         except OSError:
             pass  # a file system without locks
         yield
@@ -76,8 +79,8 @@ def publish(plan: Plan, folder: Path, out: Path, names: Sequence[str], *, durabl
             old.unlink()
     if durable:
         for name in names:
-            _sync(folder / name)
-        _sync(out)
+            sync(folder / name)
+        sync(out)
     ordered = [
         *(name for name in names if name != INDEX),
         *sorted(new),
@@ -86,13 +89,16 @@ def publish(plan: Plan, folder: Path, out: Path, names: Sequence[str], *, durabl
     for name in ordered:
         (folder / name).replace(out / name)
     if durable:
-        _sync(out)
-        _sync(out.absolute().parent)
+        sync(out)
+        sync(out.absolute().parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or a folder's names, are on the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)

@@ -69,6 +69,12 @@ def check_identity(path: str, status: os.stat_result, identity: FileIdentity | N
         )
 
 
+def check_files(identities: Mapping[str, FileIdentity]) -> None:
+    """Raise FileError, naming the file, when one is no longer what its header was read of."""
+    for path, identity in identities.items():
+        check_identity(path, Path(path).stat(), identity)
+
+
 class Inputs:
     """All input files of a plan; maps each on first use and keeps the latest few. Any thread may ask."""
 
@@ -88,6 +94,10 @@ class Inputs:
                 self._open.popitem(last=False)
             mapped = self._open[path] = MappedFile(path, self._identities.get(path))
             return mapped
+
+    def check(self) -> None:
+        """Raise FileError when a file changed since its header was read."""
+        check_files(self._identities)
 
     def elements(
         self, source: Source, first: int, count: int, out: torch.Tensor | None = None
@@ -128,3 +138,4 @@ class Inputs:
     def close(self) -> None:
         """Let go of every file; each is unmapped with its last tensor."""
         self._open.clear()
+        self.adapted.factors.clear()

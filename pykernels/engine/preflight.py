@@ -9,7 +9,7 @@ import torch
 
 from pykernels.adapters.change import Change
 from pykernels.engine.files import TORCH_DTYPE, shown
-from pykernels.engine.mapped import Inputs, check_identity
+from pykernels.engine.mapped import Inputs, check_files
 from pykernels.engine.units import Plan, Source
 
 HIDDEN = ".pykernels-"
@@ -41,18 +41,17 @@ def check_place(plan: Plan, out: Path, *, overwrite: bool) -> None:
                 f"{shown(out, 300)}: is not empty (holds {shown(', '.join(held[:5]))}); "
                 "overwrite (--overwrite) replaces the checkpoint in it"
             )
-    check_room(plan, out)
+    check_room(out, plan.total_write)
 
 
-def check_room(plan: Plan, out: Path) -> None:
-    """The file system must have room for all shards and a margin. Raises OutputError with both figures."""
+def check_room(out: Path, nbytes: int) -> None:
+    """The file system must have room for the weights and a margin. Raises OutputError with both figures."""
     place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
     status = os.statvfs(place)
-    free, need = status.f_bavail * status.f_frsize, plan.total_write + plan.total_write // 100 + MARGIN
+    free, need = status.f_bavail * status.f_frsize, nbytes + nbytes // 100 + MARGIN
     if free < need:
         raise OutputError(
-            f"{shown(out, 300)}: needs {need} bytes ({plan.total_write} of weights and a margin), "
-            f"{free} are free"
+            f"{shown(out, 300)}: needs {need} bytes ({nbytes} of weights and a margin), {free} are free"
         )
 
 
@@ -119,5 +118,4 @@ def _value(inputs: Inputs, source: Source, index: int) -> object:
 def check_unchanged(plan: Plan) -> None:
     """Inputs must still be the files that the plan was made of. Raises FileError naming one that is not."""
     for model in plan.models:
-        for path, identity in model.identities.items():
-            check_identity(path, Path(path).stat(), identity)
+        check_files(model.identities)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pykernels.engine.collector import frozen
-from pykernels.engine.commit import publish, workplace
+from pykernels.engine.commit import plan_id, publish, workplace
 from pykernels.engine.companions import CARD, INDEX, index_text, write_companions
 from pykernels.engine.leftovers import foreign_weights
 from pykernels.engine.mapped import Inputs
@@ -33,6 +33,8 @@ from pykernels.engine.writer import ShardWriter
 
 __all__ = ["Progress", "Report", "merge", "merge_state_dicts", "parse_size"]
 
+SHARE_OF_FACTORS = 8
+"""Of the memory, an eighth may hold adapters' factors; chunks and the ring take less than the rest."""
 TICK = 0.05
 """Seconds between two calls of a progress callback."""
 
@@ -137,6 +139,7 @@ def merge(
     budget, backend = target.budget(plan, budget_bytes), target.backend(plan)
     meter = _Meter(plan, progress)
     inputs = Inputs({path: i for model in plan.models for path, i in model.identities.items()})
+    inputs.adapted.factors.room = budget_bytes // SHARE_OF_FACTORS
     try:
         check_equal(plan, inputs)
         warnings = (*plan.notes, *target.notes(plan))
@@ -165,7 +168,7 @@ def merge(
 def _write(
     plan: Plan, out: Path, inputs: Inputs, compute: Engine, backend: str, durable: bool
 ) -> ShardWriter:
-    with workplace(plan, out) as folder:
+    with workplace(out, plan_id(plan)) as folder:
         names = write_companions(plan, folder)
         compute.survey()
         writer = ShardWriter(compute.arena(), durable=durable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -51,7 +51,8 @@ def compose_lora(
         An adapter of scaling 1 in the adapters' dtype, without a graph; the same for the same arguments.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
+        ValueError, TypeError: an argument breaks a rule above, or a factor is NaN or infinite (not with "cat"
+            and "peft_linear", which hand it on); the text names it and its value.
     """
     scaling = check_lora.alike(OP, adapters)
     given = check.per_model(OP, "weights", weights, len(adapters))
@@ -63,18 +64,15 @@ def compose_lora(
     with torch.no_grad():
         if method == "peft_linear":
             return _linear(adapters, share)
-        if method in DENSE:
-            deltas = [_wide(a.B) @ (_wide(a.A) * s) for a, s in zip(adapters, scaling, strict=True)]
-            return _like(adapters, *truncate(merged_delta(method, deltas, given, kept, drawn), to))
         if method == "cat":
             A = torch.cat([a.A.double() * c for a, c in zip(adapters, share, strict=True)])
             B = torch.cat([a.B for a in adapters], 1)
             return LoRA(A.to(B.dtype), B, 1.0)
-        A = torch.cat([a.A for a in adapters])
-        B = torch.cat([a.B.t() for a in adapters]).t()  # columns stay whole, as products of them read it
-        each = zip(adapters, share, strict=True)
-        scale = torch.cat([A.new_full((len(a.A),), c, dtype=torch.float64) for a, c in each])
-        return _like(adapters, *truncate_product(_wide(B), _wide(A), to, scale))
+        if method not in DENSE:
+            return _nearest(adapters, lambda: truncate_product(*_stacked(method, adapters, share), to))
+        delta = merged_delta(method, _deltas(method, adapters, scaling), given, kept, drawn)
+        check_lora.finite(OP, "the merged delta", delta, f"with method {method!r}")
+        return _nearest(adapters, lambda: truncate(delta, to))
 
 
 def _rank(method: str, rank: int | None, adapters: Sequence[LoRA]) -> int:
@@ -153,10 +151,45 @@ def _linear(adapters: Sequence[LoRA], share: list[float]) -> LoRA:
     return LoRA(factors[0], factors[1], 1.0)
 
 
+def _stacked(
+    method: str, adapters: Sequence[LoRA], share: list[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """B, A and what the rows of A are to be multiplied by: of the sum, in float32 or wider."""
+    for i, a in enumerate(adapters):
+        for name, factor in (("A", a.A), ("B", a.B)):
+            check_lora.finite(OP, f"adapters[{i}].{name}", factor, f"with method {method!r}")
+    B = _wide(torch.cat([a.B.t() for a in adapters])).t()  # columns stay whole, as products of them read it
+    for i, (a, c) in enumerate(zip(adapters, share, strict=True)):
+        if float(a.A.abs().max()) * abs(c) > torch.finfo(B.dtype).max:
+            product = (a.A.double() * c).to(B.dtype)
+            check_lora.finite(
+                OP, f"adapters[{i}].A times weight and scaling", product, f"with method {method!r}"
+            )
+    A = _wide(torch.cat([a.A for a in adapters]))
+    rows = torch.tensor([len(a.A) for a in adapters], device=A.device)
+    scale = torch.tensor(share, dtype=torch.float64, device=A.device).repeat_interleave(rows)
+    return B, A, scale
+
+
+def _deltas(method: str, adapters: Sequence[LoRA], scaling: list[float]) -> list[torch.Tensor]:
+    """scaling * B @ A of every adapter, in float32 or wider."""
+    deltas = [_wide(a.B) @ (_wide(a.A) * s) for a, s in zip(adapters, scaling, strict=True)]
+    for i, delta in enumerate(deltas):
+        check_lora.finite(OP, f"the delta of adapters[{i}]", delta, f"with method {method!r}")
+    return deltas
+
+
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _like(adapters: Sequence[LoRA], A: torch.Tensor, B: torch.Tensor) -> LoRA:
+def _nearest(adapters: Sequence[LoRA], truncated: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> LoRA:
+    """Finite factors may have a product that float32 does not hold: then there is nothing to decompose."""
+    try:
+        A, B = truncated()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        A = B = torch.tensor(torch.nan)
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise ValueError(f"{OP}: the sum must have singular values that float32 holds, got larger ones")
     dtype = adapters[0].A.dtype
     return LoRA(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0)
