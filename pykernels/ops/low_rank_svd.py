@@ -36,8 +36,8 @@ def truncate_product(
 def _by_gram(
     B: torch.Tensor, A: torch.Tensor, scale: torch.Tensor | None, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The same without QR: with B^T B = L L^T, B L^-T is orthogonal, and L^T A has the singular values of B A,
-    whose squares are the eigenvalues of L^T A A^T L.
+    """The same without QR: with B^T B = L L^T, B L^-T is orthogonal, and L^T A has the singular values of
+    B A, whose squares are the eigenvalues of L^T A A^T L.
 
     B' A' is B P A with P a projection of rank ``rank`` made in float64, so rounded Gram matrices turn it a
     little but cost no digits of the product. How little is bounded by two conditions; None where they fail.
