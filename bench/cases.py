@@ -41,7 +41,8 @@ class Case:
 
     ``kind``: "time" (milliseconds), "call" (microseconds, 64 elements), "memory" (MiB beyond in- and output),
     "cache" (microseconds on inputs that stay in the cache, by turns with the peers), "turns" (milliseconds,
-    by turns with the peers: products of matrices, bound by arithmetic).
+    by turns with the peers: products of matrices, bound by arithmetic), "over" (microseconds beyond torch's
+    frozen layer, on a tiny one).
     ``peers``: what to beat, by the least ratio: {"mergekit": 20}; empty: no peer is timed.
     """
 
@@ -279,23 +280,33 @@ _LORA = (
 )  # fmt: skip
 
 
-def _lora(least: Mapping[str, float], spec: Spec = ONE, **options: Any) -> Case:
-    return Case("lora_linear", spec, {"rank": 16, **options}, kind="turns", peers=least)
+def _lora(peers: Mapping[str, float], rows: int, spec: Spec = ONE, **options: Any) -> Case:
+    return Case("lora_linear", spec, {"rank": 16, "rows": rows, **options}, kind="turns", peers=peers)
 
 
+_OTHERS = {"peft compiled": 1.0, "addmm_": 1.0, "unsloth": 1.0, "lorafusion": 1.0}
+_SLOW = {"addmm_": 1.0, "lorafusion": 1.0}
+_FP32 = Spec(dtype=torch.float32, n=1)
+_SAME = {"frozen F.linear": 1 / 1.02}
 _LORA_LAYERS = (
-    _lora({"own frozen": 1 / 1.05, "frozen F.linear": 1.4, "peft": 1.4}, rows=1),
+    _lora({"own frozen": 1 / 1.05, "frozen F.linear": 1.4, "peft": 1.4, **_OTHERS, "vllm": 1.0}, 1),
+    _lora({"own frozen": 1 / 1.03, "frozen F.linear": 3.5, "peft": 3.5, **_OTHERS}, 32),
+    _lora({"own frozen": 1 / 1.03, "frozen F.linear": 2.8, "peft": 2.8, **_SLOW}, 512),
+    _lora({"frozen F.linear": 2.8, "peft": 2.8}, 2048),
+    _lora({"own frozen": 1 / 1.08, "frozen F.linear": 1.4}, 1, rank=64),
+    _lora({"own frozen": 1 / 1.06, "frozen F.linear": 2.8}, 512, rank=64),
+    _lora({"own frozen": 1 / 1.05, "peft": 1.0, "vllm": 1.0}, 32, adapters=32),
+    _lora({"own frozen": 1 / 1.03, "peft": 2.5, **_OTHERS}, 128, step=True),
+    _lora({"peft": 2.5, "lorafusion": 1.0}, 128, step=True, dropout=0.1),
+    _lora({"peft": 2.5}, 8, step=True),
+    *(_lora({"without magnitude": 1 / 1.02, "peft": 1.0}, rows, dora=True) for rows in (1, 32)),
+    *(_lora({**_SAME, "peft": 1.0}, rows, _FP32) for rows in (1, 32)),
+    _lora(_SAME, 512, _FP32),
     *(
-        _lora({"own frozen": 1 / 1.03, "frozen F.linear": least, "peft": least}, rows=rows)
-        for rows, least in ((32, 3.5), (512, 2.8))
+        Case("lora_linear", Spec((64, 64), d, 1), {"rank": 16, "rows": 1}, Target("us", most=30, aim=10),
+             kind="over", peers={"peft": 1.0})
+        for d in (torch.bfloat16, torch.float32)
     ),
-    _lora({"own frozen": 1 / 1.06, "frozen F.linear": 2.8}, rows=512, rank=64),
-    _lora({"own frozen": 1 / 1.05}, rows=32, adapters=32),
-    _lora({"own frozen": 1 / 1.03, "peft": 2.5}, rows=512, step=True),
-    *(
-        _lora({"frozen F.linear": 1 / 1.02, "peft": 1.0}, Spec(dtype=torch.float32, n=1), rows=m)
-        for m in (32, 512)
-    ),
-)
+)  # fmt: skip
 
 CASES: tuple[Case, ...] = (*_FULL, *_OTHER_INPUTS, *_VARIANTS, *_SOFTMAX, *_LORA, *_LORA_LAYERS)

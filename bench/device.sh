@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: build, tests, sanitizers, roofline table, softmax, peers, a whole 8B layout.
-# Needs no network. Usage: bench/device.sh [step ...]; without names every step runs. Python is $PYTHON or
-# python3, with torch, triton, pybind11, cmake, ninja and pytest. Wheels that it lacks lie in ./wheels, which git
-# ignores: for the recipes pydantic, pydantic-core, annotated-types and typing-inspection, for the comparison
-# mergekit ("pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels ..." fetches them).
+# One command for a machine with a GPU: build, tests, sanitizers, roofline table, softmax, LoRA, peers, a whole
+# 8B layout. Needs no network. Usage: bench/device.sh [step ...]; without names every step runs. Python is
+# $PYTHON or python3, with torch, triton, pybind11, cmake, ninja and pytest. Wheels that it lacks lie in ./wheels,
+# which git ignores: for the recipes pydantic, pydantic-core, annotated-types and typing-inspection, for
+# comparisons mergekit, and peft with accelerate, psutil and transformers
+# ("pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels ..." fetches them).
 # Results: device.json and device.log in $OUT, or in build/device. Where .git does not travel along,
 # PYKERNELS_COMMIT names the commit.
 #
 # Every step ends after its own time, and the whole after 580 s (bench/device_steps.py):
-#   wheels 10 + device 15 + build 120 + tests 120 + large 30 + memcheck 40 + racecheck 40 + table 50 +
-#   softmax 70 + peers 50 + llama 40 + targets 5
+#   wheels 5 + device 15 + build 105 + tests 90 + large 25 + memcheck 40 + racecheck 40 + table 35 +
+#   softmax 55 + lora 80 + traffic 25 + peers 30 + llama 30 + targets 5
 # The build is expected to take 60 to 100 s; what a step leaves over, nobody needs.
 #
 # Exit status: 0 when all steps passed or were refused by a tool, 1 when one failed, 3 without a device.

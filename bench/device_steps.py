@@ -29,7 +29,9 @@ NO_DEVICE = 3
 RUN = "run.json"
 """The record so far, in the folder of work: the last step judges it."""
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected|xfailed)\b")
-_REFUSED = re.compile(r"Device not supported|Unable to find (?:a )?compute-sanitizer|not supported on this")
+_REFUSED = re.compile(
+    r"Device not supported|Unable to find (?:a )?compute-sanitizer|not supported on this|ERR_NVGPUCTRPERM"
+)
 
 Record = dict[str, Any]
 
@@ -83,21 +85,26 @@ def steps(work: Path) -> list[Step]:
         return Step(tool, command, 40, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
 
     probe = [python, "bench/device_probe.py", str(work / "probe.json")]
+    ncu = shutil.which("ncu", path=_search_path()) or "ncu"
+    counts = [python, "-m", "pykernels.bench.gpu_traffic", ncu, "--seconds", "18"]
     targets = [python, "-m", "pykernels.bench.gpu_targets"]
     return [
-        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 10,
+        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 5,
              absent="" if wheels else "no folder wheels", always=True),
         Step("device", probe, 15, result=work / "probe.json", always=True),
-        Step("build", [*pip, "--no-build-isolation", "-e", "."], 120, ("device",),
+        Step("build", [*pip, "--no-build-isolation", "-e", "."], 105, ("device",),
              {"PYKERNELS_REQUIRE_NATIVE": "1", "PYKERNELS_REQUIRE_CUDA": "1"}),
-        Step("tests", pytest(12), 120, ready, {"OMP_NUM_THREADS": "2"}),
-        Step("large", pytest(4, "-m", "large"), 30, ready, {"PYKERNELS_LARGE": "1"}),
+        Step("tests", pytest(12), 90, ready, {"OMP_NUM_THREADS": "2"}),
+        Step("large", pytest(4, "-m", "large"), 25, ready, {"PYKERNELS_LARGE": "1"}),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        bench("table", 50),
-        bench("softmax", 70),
-        bench("peers", 50),
-        bench("llama", 40),
+        bench("table", 35),
+        bench("softmax", 55),
+        bench("lora", 80),
+        Step("traffic", [*counts, "--out", str(work / "traffic.json")], 25, ready, tool=ncu,
+             result=work / "traffic.json"),
+        bench("peers", 30),
+        bench("llama", 30),
         Step("targets", [*targets, str(work / RUN), str(work / "targets.json")], 5, ready,
              result=work / "targets.json"),
     ]  # fmt: skip

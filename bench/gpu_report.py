@@ -25,6 +25,14 @@ def markdown(run: Run) -> str:
         parts += ["", *_table(rows)]
     if rows := [row for row in run.get("softmax", {}).get("rows", ()) if "fastest" in row]:
         parts += ["", *_softmax(rows)]
+    if rows := [row for row in run.get("lora", {}).get("rows", ()) if "fastest" in row]:
+        parts += ["", *_lora(rows)]
+    if moved := run.get("traffic", {}).get("bytes"):
+        said = ", ".join(f"{who} {count / 2**30:.3f} GiB" for who, count in moved.items())
+        parts += [
+            "",
+            f"A step with dropout 0.1, {run['traffic']['about']}, moves to and from memory: {said}.",
+        ]
     if whole := run.get("llama"):
         parts += ["", *_whole(whole)]
     if rows := [row for row in run.get("peers", {}).get("rows", ()) if row["peers"]]:
@@ -42,10 +50,12 @@ def _targets(rows: Sequence[Row]) -> list[str]:
     return _lines(("on one H200 (merges: bf16, base + 3 tuned)", "must", "is"), said)
 
 
-def _column(row: Row, backend: str) -> tuple[str, str]:
+def _column(row: Row, backend: str, share: str = "of_copy") -> tuple[str, str]:
     column = row["backends"].get(backend, {})
     if "ms" not in column:
         return "failed" if "error" in column else "", ""
+    if share == "over":
+        return f"{column['ms']:.4g}", f"{column['over']:.3f}"
     return f"{column['ms']:.4g}", f"{100 * column['of_copy']:.0f} %"
 
 
@@ -64,6 +74,18 @@ def _softmax(rows: Sequence[Row]) -> list[str]:
         beaten = ", ".join(f"{p['name']} {p['x']:.3g}x" for p in row["peers"] if "x" in p)
         cells.append((row["name"], *(cell for b in _COLUMNS for cell in _column(row, b)), beaten))
     return _lines(head, cells)
+
+
+def _lora(rows: Sequence[Row]) -> list[str]:
+    columns = (*_COLUMNS, "torch")
+    head = ("case", "base ms", *(f"{b} {unit}" for b in columns for unit in ("ms", "x base")), "faster than")
+    cells = []
+    for row in rows:
+        beaten = ", ".join(f"{p['name']} {p['x']:.3g}x" for p in row["peers"] if "x" in p)
+        ours = (cell for b in columns for cell in _column(row, b, "over"))
+        cells.append((row["name"], f"{row['base_ms']:.4g}", *ours, beaten))
+    base = "Base: cuBLAS's frozen product, forward (and the gradient of x); of merges a copy of the weight, "
+    return [f"{base}of the norm torch's norm of its rows.", "", *_lines(head, cells)]
 
 
 def _whole(found: Row) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,14 +62,17 @@ def values(result: Any) -> torch.Tensor:
     return result.scaling * (result.B.float() @ result.A.float()) if isinstance(result, LoRA) else result
 
 
-def in_peft(op: str, x: Inputs, options: Options) -> Callable[[], Any]:
-    """PEFT on a model of one layer: ``merge`` of all adapters, or ``add_weighted_adapter``."""
+def in_peft(op: str, weight: torch.Tensor, given: Sequence[LoRA]) -> Callable[[], Any]:
+    """PEFT on a model of one layer: ``merge`` of all adapters, or ``add_weighted_adapter``.
+
+    The adapters are of one rank and scaling; the weight is copied.
+    """
     peft = importlib.import_module("peft")
-    given = adapters(x, options)
     names = [str(i) for i in range(len(given))]
-    base = torch.nn.Linear(x.base.shape[1], x.base.shape[0], bias=False, device="meta")
-    base.weight = torch.nn.Parameter(x.base.clone())
-    config = peft.LoraConfig(r=options["r"], lora_alpha=given[0].scaling * options["r"], target_modules=["0"])
+    base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = torch.nn.Parameter(weight.clone())
+    rank = given[0].A.shape[0]
+    config = peft.LoraConfig(r=rank, lora_alpha=given[0].scaling * rank, target_modules=["0"])
     model = peft.get_peft_model(torch.nn.Sequential(base), config, "0")
     for name in names[1:]:
         model.add_adapter(name, config)
@@ -80,8 +83,8 @@ def in_peft(op: str, x: Inputs, options: Options) -> Callable[[], Any]:
     def merge() -> torch.Tensor:
         layer.merge(adapter_names=names)
         layer.merged_adapters.clear()
-        weight: torch.Tensor = layer.get_base_layer().weight.data
-        return weight
+        merged: torch.Tensor = layer.get_base_layer().weight.data
+        return merged
 
     fresh = map("sum{}".format, itertools.count())
 

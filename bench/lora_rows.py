@@ -1,151 +1,143 @@
-"""LoRA's linear layers in the table of cases: layers to measure on, our calls, and those of torch and PEFT.
+"""LoRA's linear layers in the table of cases: our call and its rivals by turns, on the CPU.
 
-Every row is timed by turns with the frozen product alone, torch's and ours, and with PEFT's layer; each
-result is held against float64 before. In bfloat16 torch's product is the one to beat, adapter or not.
+Every result is held against float64 before it is timed. In bfloat16 torch's product is the one to beat,
+adapter or not; where a difference of a few percent is the matter, 50 pairs decide (``turns``).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-import pykernels
-from pykernels import products
+from pykernels.bench import lora_layers, lora_rivals, turns
 from pykernels.bench.inputs import Inputs, Spec
+from pykernels.bench.lora_layers import Layer, Options, Result
+from pykernels.bench.lora_rivals import Call
 
-Options = Mapping[str, Any]
-Calls = dict[str, Callable[[], torch.Tensor]]
-SCALING = 2.0
+LIMIT = 20.0
+"""Seconds of a row's rounds; no round begins later."""
+_PROBES, _LONGEST = (2, 4), 25.0  # rows that tell how long a rival takes; seconds beyond which it is left out
+_ALONE = 5  # rounds where no rival runs
+_SPENT = 1.5  # seconds after which a call whose ratio is clear has run often enough
 
-
-class Layer(NamedTuple):
-    """x [rows, K], the frozen weight [N, K], adapters of one rank, the adapter of every row, a gradient."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    adapters: list[pykernels.LoRA]
-    index: torch.Tensor
-    grad: torch.Tensor
+Row = dict[str, Any]
 
 
 @lru_cache(maxsize=1)
-def layer(shape: tuple[int, int], dtype: torch.dtype, rows: int, rank: int, count: int) -> Layer:
-    """Gaussian tensors of one seed, weights of about the size that layers have."""
-    random = torch.Generator().manual_seed(0)
-    n, k = shape
-
-    def normal(*size: int, scale: float) -> torch.Tensor:
-        return torch.randn(size, generator=random).mul_(scale).to(dtype)
-
-    adapters = [
-        pykernels.LoRA(normal(rank, k, scale=0.02), normal(n, rank, scale=0.02), SCALING)
-        for _ in range(count)
-    ]
-    x, weight, grad = normal(rows, k, scale=1), normal(n, k, scale=0.02), normal(rows, n, scale=1)
-    return Layer(x, weight, adapters, torch.arange(rows) % count, grad)
+def _layer(shape: tuple[int, int], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> Layer:
+    return lora_layers.make(shape, dtype, dict(options))
 
 
 def layer_of(x: Inputs, options: Options) -> Layer:
     """The layer of a row, as large as the row's inputs."""
     n, k = x.base.shape
-    return layer((n, k), x.base.dtype, options["rows"], options["rank"], options.get("adapters", 1))
+    return _layer((n, k), x.base.dtype, tuple(sorted(options.items())))
 
 
 def _ours(x: Inputs, out: torch.Tensor | None, options: Options) -> Any:
-    c = layer_of(x, options)
-    if "adapters" in options:
-        return pykernels.lora_linear_grouped(c.x, c.weight, c.adapters, c.index)
-    return _stepped(c, lambda x, a, b: pykernels.lora_linear(x, c.weight, a, b, scaling=SCALING), options)
+    """The result; of a row "step" the gradient of x."""
+    found = lora_layers.ours(layer_of(x, options), options)
+    return found if isinstance(found, torch.Tensor) else found[0]
 
 
-def _stepped(c: Layer, call: Callable[..., torch.Tensor], options: Options) -> torch.Tensor:
-    """The result; or, for a row "step", the gradient of x after gradients of x, A and B were made."""
-    leaves = (c.x, *c.adapters[0][:2])
-    if not options.get("step"):
-        return call(*leaves)
-    wanting = [t.detach().requires_grad_() for t in leaves]
-    return torch.autograd.grad(call(*wanting), wanting, c.grad)[0]
+def measure(c: Layer, options: Options, wanted: Mapping[str, float], limit: float = LIMIT) -> Row:
+    """ "value" in milliseconds and "peers", each with the median of its ratios and their interval."""
+    torch.compiler.reset()
+    calls: dict[str, Call] = {"": partial(lora_layers.ours, c, options)}
+    late = {name: left_out(name, c, options) for name in wanted if lora_rivals.able(name)}
+    calls |= {name: lora_rivals.rival(name, c, options) for name, why in late.items() if not why}
+    off = {name: _checked(name, c, options, call()) for name, call in calls.items()}
+    rounds = turns.ROUNDS if len(calls) > 1 else _ALONE
+    found = turns.by_turns(
+        calls,
+        turns.wall,
+        limit=limit,
+        rounds=rounds,
+        enough=lambda name, so_far: _enough(name, so_far, wanted),
+    )
+    row: Row = {"value": turns.median(found, "") * 1e3, "difference": off[""], "peers": []}
+    for name in late:
+        least = wanted[name]
+        peer: Row = {"name": name, "least": least}
+        if late[name]:
+            row["peers"].append(peer | {"left_out": late[name]})
+            continue
+        x = turns.ratio(found, name, "")
+        peer |= {"ms": turns.median(found, name) * 1e3, **x.record(), "met": x.within(least, least=True)}
+        row["peers"].append(peer | {"difference": off[name]})
+    return row
 
 
-def _frozen(c: Layer, options: Options) -> torch.Tensor:
-    y = torch.empty(c.x.shape[0], c.weight.shape[0], dtype=c.x.dtype)
-    products.product(y, c.x, c.weight.t(), None, [], [], None)
-    if not options.get("step"):
-        return y
-    by_x = torch.empty_like(c.x)
-    products.product(by_x, c.grad, c.weight, None, [], [], None)
-    return by_x
+def left_out(name: str, c: Layer, options: Options) -> str:
+    """Why a rival is not timed, or nothing: a few rows of x tell what a call on all of them would take.
+
+    torch's bfloat16 product with an untransposed weight, which gradients need, takes a minute for 128 rows on
+    a machine with AVX2.
+    """
+    rows, (few, more) = options["rows"], _PROBES
+    if rows <= more or "adapters" in options:
+        return ""
+    seconds = []
+    for count in (few, few, more):  # the first one makes what torch keeps for the next
+        part = c._replace(x=c.x[:count], grad=c.grad[:count], index=c.index[:count])
+        seconds.append(turns.wall(lora_rivals.rival(lora_rivals.uncompiled(name), part, options)))
+    expected = seconds[1] + (rows - few) * max(0.0, seconds[2] - seconds[1]) / (more - few)
+    return f"about {expected:.0f} s a call" if expected > _LONGEST else ""
 
 
-def _torch(c: Layer, options: Options) -> torch.Tensor:
-    y = linear(c.x, c.weight)
-    return c.grad @ c.weight if options.get("step") else y
+def _checked(name: str, c: Layer, options: Options, result: Result) -> float | None:
+    """The result's difference from float64, where it can be known."""
+    if not lora_rivals.checked(name, options) and name:
+        return None
+    plain = {**options, "dora": False} if name == lora_rivals.WITHOUT else options
+    try:
+        return lora_layers.difference(c, plain, result, adapted=lora_rivals.adapted(name))
+    except RuntimeError as error:
+        raise RuntimeError(f"{name or 'pykernels'} on {dict(options)}: {error}") from error
 
 
-def _peft(c: Layer, options: Options) -> Callable[[], torch.Tensor]:
-    peft = importlib.import_module("peft")
-    rank = c.adapters[0].A.shape[0]
-    n, k = c.weight.shape
-    with torch.device("meta"):
-        module = torch.nn.ModuleDict({"layer": torch.nn.Linear(k, n, bias=False)})
-    module["layer"].weight = torch.nn.Parameter(c.weight, requires_grad=False)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank * SCALING, target_modules=["layer"])
-    adapted = peft.inject_adapter_in_model(config, module).to(c.x.dtype)["layer"]
-    low = [adapted.lora_A["default"].weight, adapted.lora_B["default"].weight]
-    for parameter, value in zip(low, c.adapters[0][:2], strict=True):
-        parameter.data.copy_(value)
-    if not options.get("step"):
-        return torch.no_grad()(lambda: adapted(c.x))
-
-    def step() -> torch.Tensor:
-        x = c.x.detach().requires_grad_()
-        return torch.autograd.grad(adapted(x), [x, *low], c.grad)[0]
-
-    return step
+def _enough(name: str, rounds: turns.Rounds, wanted: Mapping[str, float]) -> bool:
+    """A rival whose ratio is far from its bound needs no 50 rounds where they take long."""
+    if not name:
+        return False
+    x = turns.ratio(rounds, name, "")
+    clear = abs(x.value / wanted[name] - 1) > turns.CLEAR and x.within(wanted[name], least=True) is not None
+    return clear and x.pairs * turns.median(rounds, name) > _SPENT
 
 
-def rivals(c: Layer, options: Options, wanted: Mapping[str, float]) -> Calls:
-    """The calls that a row is timed against; PEFT's where it is installed."""
-    calls: Calls = {"own frozen": lambda: _frozen(c, options), "frozen F.linear": lambda: _torch(c, options)}
-    if "peft" in wanted and importlib.util.find_spec("peft"):
-        calls["peft"] = _peft(c, options)
-    return {name: call for name, call in calls.items() if name in wanted}
-
-
-def check(c: Layer, options: Options, name: str, result: torch.Tensor) -> float:
-    """Largest difference of the first four rows from float64, in units of their largest element."""
-    x, weight, grad = c.x[:4].double(), c.weight.double(), c.grad[:4].double()
-    truth = grad @ weight if options.get("step") else x @ weight.T
-    for i in range(min(4, x.shape[0]) * ("frozen" not in name)):
-        a, b = (t.double() for t in c.adapters[int(c.index[i])][:2])
-        truth[i] += SCALING * (grad[i] @ b @ a if options.get("step") else x[i] @ a.T @ b.T)
-    worst = float((result[:4].double() - truth).abs().max() / truth.abs().max())
-    if worst > 8 * torch.finfo(c.x.dtype).eps:
-        raise RuntimeError(f"{name} is {worst:g} units from float64 on {options}")
-    return worst
-
-
-def times(calls: Calls, least: float = 1.0) -> dict[str, float]:
-    """Median milliseconds of every call, by turns, until they took ``least`` seconds together."""
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    while sum(map(sum, spent.values())) < least or len(next(iter(spent.values()))) < 3:
-        for name, call in calls.items():
-            start = time.perf_counter()
+def measure_over(c: Layer, options: Options, wanted: Mapping[str, float]) -> Row:
+    """ "value": microseconds that a call takes beyond ``F.linear``, a median of paired means of 20 calls."""
+    calls: dict[str, Call] = {
+        "": partial(lora_layers.ours, c, options),
+        lora_rivals.FROZEN: partial(linear, c.x, c.weight),
+    }
+    calls |= {name: lora_rivals.rival(name, c, options) for name in wanted if lora_rivals.able(name)}
+    for call in calls.values():
+        for _ in range(50):
             call()
-            spent[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) * 1e3 for name, s in spent.items()}
+    found = turns.by_turns(calls, _mean, limit=LIMIT, rounds=4 * turns.ROUNDS)
+    over = {name: turns.more(found, name, lora_rivals.FROZEN) for name in calls}
+    row: Row = over[""].record("value") | {"peers": []}
+    for name, least in wanted.items():
+        if name in over:
+            x = over[name].value / over[""].value
+            row["peers"].append(
+                {"name": name, "ms": over[name].value / 1e3, "x": x, "least": least, "met": x >= least}
+            )
+    return row
 
 
-def _bytes(spec: Spec) -> int:
-    return spec.tensor_bytes
+def _mean(call: Callable[[], object], count: int = 20) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 CALLS: dict[str, Callable[[Inputs, torch.Tensor | None, Options], Any]] = {"lora_linear": _ours}
-TRAFFIC: dict[str, Callable[[Spec], int]] = {"lora_linear": _bytes}
+TRAFFIC: dict[str, Callable[[Spec], int]] = {"lora_linear": lambda spec: spec.tensor_bytes}

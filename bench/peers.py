@@ -21,7 +21,7 @@ import torch
 import pykernels
 from pykernels.bench.cases import SEED, Case, weights
 from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make
-from pykernels.bench.lora_calls import in_peft, values
+from pykernels.bench.lora_calls import adapters, in_peft, values
 from pykernels.bench.softmax_calls import in_torch
 from pykernels.bench.torch_peers import naive, tuned
 
@@ -146,7 +146,7 @@ def _deltas(x: Inputs) -> list[torch.Tensor]:
 def _peft(case: Case, x: Inputs) -> Call:
     """PEFT's ``merge_utils`` on task vectors, which is what it takes; its layers for adapters."""
     if case.spec.data == LORA:
-        return in_peft(case.op, x, case.options)
+        return in_peft(case.op, x.base, adapters(x, case.options))
     utils = importlib.import_module("peft.utils.merge_utils")
     deltas, density = _deltas(x), case.options["density"]
     w = torch.tensor(weights(x), device=x.base.device)

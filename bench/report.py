@@ -16,11 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pykernels.bench import turns
+
 Row = dict[str, Any]
 Run = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- bench:begin (generated) -->", "<!-- bench:end -->"
+_SAID = {True: "yes", False: "NO", None: "not resolved"}
 HEAD = ("case", "ms", "GB/s", "% of copy", "x ideal", "target", "x faster than")
 
 
@@ -88,13 +91,24 @@ def load(path: Path) -> Run:
 
 def cells(row: Row) -> tuple[str, ...]:
     """One row of the table as text, in the order of its head."""
-    beaten = ", ".join(f"{p['name']} {p['x']:.3g}x" for p in row.get("peers", ()))
+    beaten = ", ".join(map(peer, row.get("peers", ())))
     if row["kind"] != "time":
         return (row["name"], f"{row['value']:.3g} {row['unit']}", "", "", "", target(row), beaten)
     return (
         row["name"], f"{row['value']:.2f}", f"{row['gbs']:.1f}", f"{100 * row['of_copy']:.0f} %",
         f"{row['x_ideal']:.2f}", target(row), beaten,
     )  # fmt: skip
+
+
+def peer(found: Row) -> str:
+    """How many times longer a competitor takes; where percents matter, the interval and the bound too."""
+    if "x" not in found:
+        return f"{found['name']}: {found['left_out']}"
+    text = f"{found['name']} {found['x']:.3g}x"
+    if "pairs" not in found or (found["pairs"] < turns.ROUNDS and found["met"] is not None):
+        return text
+    bound = f">= {found['least']:.3g}: {_SAID[found['met']]}"
+    return f"{text} ({found['low']:.3g} to {found['high']:.3g}; {bound})"
 
 
 def target(row: Row) -> str:
@@ -104,7 +118,7 @@ def target(row: Row) -> str:
         return ""
     sign, value = ("<=", bound["most"]) if "most" in bound else (">=", bound["least"])
     against = f" x {bound['word']} (is {row['ratio']:.2f})" if bound["word"] else ""
-    return f"{sign} {value:g}{against}: {'yes' if row['met'] else 'NO'}"
+    return f"{sign} {value:g}{against}: {_SAID[row['met']]}"
 
 
 def markdown(run: Run) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pykernels import _C, native
-from pykernels.bench import lora_calls, lora_rows, peers
+from pykernels.bench import lora_calls, lora_rows, peers, softmax_calls, turns
 from pykernels.bench.cases import CASES, Case
 from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make, sets
 
@@ -178,7 +178,8 @@ def measure_cached(case: Case) -> Row:
     """Microseconds of a call and of its peers' on one set of inputs: medians of 40 means of 20, by turns."""
     x = make(case.spec)
     found = peers.of(case)
-    calls = {"": case.call(x)} | {peer.name: peer.theirs(case, x) for peer in found}
+    calls = {"": softmax_calls.bound(case.op, x, case.options)}
+    calls |= {peer.name: peer.theirs(case, x) for peer in found}
     means: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(40):
         for name, call in calls.items():
@@ -199,19 +200,14 @@ def measure_cached(case: Case) -> Row:
 
 
 def measure_turns(case: Case) -> Row:
-    """Milliseconds of a call and of what it is held against, by turns; all compared with float64 first."""
-    x = make(case.spec)
-    layer = lora_rows.layer_of(x, case.options)
-    calls = {"": case.call(x), **lora_rows.rivals(layer, case.options, case.peers)}
-    off = {name: lora_rows.check(layer, case.options, name, call()) for name, call in calls.items()}
-    middle = lora_rows.times(calls)
-    row = _row(case, middle.pop(""), "ms")
-    row["peers"] = [
-        {"name": name, "ms": ms, "x": ms / row["value"], "least": case.peers[name], "difference": off[name]}
-        for name, ms in middle.items()
-    ]
-    for peer in row["peers"]:
-        peer["met"] = peer["x"] >= peer["least"]
+    """A call and what it is held against, by turns; all compared with float64 first."""
+    over = case.kind == "over"
+    layer = lora_rows.layer_of(make(case.spec), case.options)
+    found = (lora_rows.measure_over if over else lora_rows.measure)(layer, case.options, case.peers)
+    row = _row(case, found.pop("value"), "us" if over else "ms") | found
+    if over and case.target.most is not None:
+        beyond = turns.Middle(row["value"], row["low"], row["high"], row["pairs"])
+        row |= {"ratio": row["value"], "met": beyond.within(case.target.most, least=False)}
     return row
 
 
@@ -246,7 +242,7 @@ def run(select: Callable[[Case], bool], *, with_peers: bool = True) -> Iterator[
         yield from measure_group(group, sets(spec))
     yield from (measure_call(case) for case in chosen if case.kind == "call")
     yield from (measure_cached(case) for case in chosen if case.kind == "cache")
-    yield from (measure_turns(case) for case in chosen if case.kind == "turns")
+    yield from (measure_turns(case) for case in chosen if case.kind in ("turns", "over"))
 
 
 def runs_here(case: Case) -> bool:

@@ -24,6 +24,12 @@ def _softmax(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
     return pykernels.softmax(logits(x, o), o.get("dim", -1), temperature=o.get("temperature", 1.0), out=out)
 
 
+def bound(op: str, x: Inputs, options: Options) -> Callable[[], torch.Tensor]:
+    """The call of softmax or log_softmax alone, as :func:`in_torch` gives torch's: nothing is looked up."""
+    z, dim, forward = logits(x, options), options.get("dim", -1), getattr(pykernels, op)
+    return lambda: forward(z, dim, out=x.out)
+
+
 def _log_softmax(x: Inputs, out: torch.Tensor | None, o: Options) -> Any:
     return pykernels.log_softmax(logits(x, o), o.get("dim", -1), out=out)
 

@@ -172,7 +172,8 @@ void softmax(uintptr_t out, int out_dtype, uintptr_t x, int dtype, int64_t outer
                {mask_stride[0], mask_stride[1], mask_stride[2]},
                static_cast<const float*>(at(sink)),
                {sink_stride[0], sink_stride[1]},
-               safe},
+               safe,
+               false},
               threads);
 }
 
@@ -180,7 +181,7 @@ void softmax_backward(uintptr_t out, int out_dtype, uintptr_t grad, int grad_dty
                       int64_t outer, int64_t n, int64_t inner, int kind, float scale, int threads) {
   py::gil_scoped_release release;
   pk::softmax_backward(
-      {kind, at_mutable(out), at(grad), at(y), out_dtype, grad_dtype, dtype, outer, n, inner, scale},
+      {kind, at_mutable(out), at(grad), at(y), out_dtype, grad_dtype, dtype, outer, n, inner, scale, false},
       threads);
 }
 

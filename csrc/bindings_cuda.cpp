@@ -1,4 +1,4 @@
-// The only file of the CUDA module that knows pybind11: addresses, sizes and codes in, nothing of torch.
+// The CUDA module for Python: addresses, sizes and codes in, nothing of torch.
 // The same text binds the emulated kernels, whose addresses are the host's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +7,7 @@
 #include <array>
 #include <cstring>
 
+#include "bindings_cuda_lora.h"
 #include "cuda/kernels.h"
 #include "cuda/softmax.h"
 
@@ -257,10 +258,12 @@ PYBIND11_MODULE(PK_MODULE, m) {
         const OnDevice here(device);
         softmax_backward(job, at<void>(scratch), device, at_stream(stream));
       });
+  pk::add_lora(m);
   m.def("memory", &memory);
   m.def("unavailable", &unavailable);
 #ifdef PK_EMULATED
   m.def("reverse", [](bool on) { pk::emulated::reverse = on; });
+  m.def("warps", [](bool on) { pk::emulated::warps = on; });
   m.def("regimes", [](int64_t share, int64_t most, int64_t chunk, int64_t column_chunk, int64_t chunks,
                       bool clusters, int64_t shared) {
     regimes = {share, most, chunk, column_chunk, chunks};

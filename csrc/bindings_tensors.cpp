@@ -85,7 +85,8 @@ bool run(int kind, const Rows& out, const Rows& x) {
   return true;
 }
 
-/// lend_tensors(type, forced, empty_like, written, threads): whether rows of that type will be taken.
+/// lend_tensors(type, forced, empty_like, written, threads), `written` taking a tuple: whether rows of that
+/// type will be taken.
 PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 5) return PyErr_Format(PyExc_TypeError, "lend_tensors: takes 5 arguments, got %zd", count);
   for (int i = 0; i < 5; i++) Py_INCREF(given[i]);
@@ -113,7 +114,8 @@ PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
   if (!fresh) {
     if (given != object && !holds_values(given)) Py_RETURN_NONE;
-    if (!Held(PyObject_CallOneArg(lent.written, given)).object) return nullptr;
+    const Held changed(PyTuple_Pack(1, given));
+    if (!changed.object || !Held(PyObject_CallOneArg(lent.written, changed.object)).object) return nullptr;
   }
   return run(kind, y, x) ? Py_NewRef(out.object) : nullptr;
 }

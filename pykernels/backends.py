@@ -61,6 +61,7 @@ _SOFTMAX = {
 TABLE |= {op: {backend: f"{module}:{op}" for backend, module in _SOFTMAX.items()} for op in SOFTMAX_ROWS}
 TABLE["merge_lora"] = {
     "cpu": "pykernels.merge_lora_cpu:merge_lora",
+    "cuda": "pykernels.merge_lora_cuda:merge_lora",
     "ref": "pykernels.ref.merge_lora:merge_lora",
 }
 TABLE |= {
@@ -71,6 +72,8 @@ TABLE |= {
     }
     for op in ("lora_linear", "lora_linear_backward")
 }
+TABLE["dora_norm"] = dict.fromkeys(("cpu", "torch", "ref"), "pykernels.dora_norm_torch:dora_norm")
+TABLE["dora_norm"]["cuda"] = "pykernels.merge_lora_cuda:dora_norm"
 TABLE["dropout_mask"] = dict.fromkeys(("torch", "ref"), "pykernels.ref.lora_blocks:dropout_mask")
 del TABLE["ties_fused"]["ref"]  # a fused form is a kernel's matter: without one, select first and merge then
 

@@ -295,7 +295,7 @@ def _softmax_backward(
 
 def _run_rows(op: str, job: _cuda.Softmax | _cuda.SoftmaxBackward, like: torch.Tensor) -> None:
     """Raises RuntimeError with op, shape and CUDA's error. Memory for sums only where rows are split."""
-    device, stream = _place(like.device)
+    device, stream = place(like.device)
     nbytes = job.scratch(device)
     scratch = torch.empty(nbytes, dtype=torch.uint8, device=like.device) if nbytes else None
     try:
@@ -381,7 +381,7 @@ def _run(launch: Callable[..., None], op: str, jobs: list[Job]) -> None:
         room = torch.empty(_cuda.table_bytes(packed), dtype=torch.uint8, device=like.device)
         table = room.data_ptr()
     try:
-        launch(packed, CODES[like.dtype], *_place(like.device), table, *options)
+        launch(packed, CODES[like.dtype], *place(like.device), table, *options)
     except RuntimeError as error:
         shapes = ", ".join(str(list(job.like.shape)) for job in jobs[:5])
         more = f" and {len(jobs) - 5} more" if len(jobs) > 5 else ""
@@ -390,7 +390,7 @@ def _run(launch: Callable[..., None], op: str, jobs: list[Job]) -> None:
         ) from None
 
 
-def _place(device: torch.device) -> tuple[int, int]:
+def place(device: torch.device) -> tuple[int, int]:
     """(device index, address of its current stream); the emulated kernels have neither."""
     if device.type != "cuda":
         return 0, 0

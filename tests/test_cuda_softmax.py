@@ -172,7 +172,7 @@ def run_bytes(memory, shift, n, dtype):
         memory.data_ptr() + shift, cuda.CODES[dtype], memory.data_ptr() + shift, cuda.CODES[dtype],
         1, n, 1, 0, 0, -1, (0, 0, 0), 0, (0, 0), 1.0, 0.0, False,
     )  # fmt: skip
-    device, stream = cuda._place(DEVICE if DEVICE.index is not None or EMULATED else torch.device("cuda", 0))
+    device, stream = cuda.place(DEVICE if DEVICE.index is not None or EMULATED else torch.device("cuda", 0))
     scratch = torch.empty(max(1, job.scratch(device)), dtype=torch.uint8, device=DEVICE)
     job.run(device, stream, scratch.data_ptr())
     end = shift + n * dtype.itemsize

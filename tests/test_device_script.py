@@ -112,8 +112,10 @@ def test_named_steps_run_with_those_that_always_do(tmp_path):
 
 def test_the_times_of_all_steps_are_those_that_the_script_states(tmp_path):
     text = (ROOT / "bench" / "device.sh").read_text().replace("#", " ")
-    for step in device_steps.steps(tmp_path):
+    steps = device_steps.steps(tmp_path)
+    for step in steps:
         assert f"{step.name} {step.seconds:g}" in " ".join(text.split())
+    assert sum(step.seconds for step in steps) <= device_steps.LIMIT
     assert f"{device_steps.LIMIT:g} s" in text
 
 

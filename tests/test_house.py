@@ -40,8 +40,18 @@ FLOORS = (
     ("lora_linear_torch", "lora_linear_cpu"),
     ("backends",),
     ("products",),
-    ("native", "merge_lora_cpu", "cuda", "kernels", "check", "check_lora", "ref"),
-    ("rows", "low_rank"),
+    (
+        "native",
+        "merge_lora_cpu",
+        "merge_lora_cuda",
+        "dora_norm_torch",
+        "cuda",
+        "kernels",
+        "check",
+        "check_lora",
+        "ref",
+    ),
+    ("rows", "low_rank", "dora_norm_torch"),
     ("_C", "_cuda", "cut", "grouping"),
 )
 """From the top down; a module may import from its own floor and those below. "engine": the rest of it."""

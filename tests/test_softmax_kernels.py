@@ -1,7 +1,8 @@
 """Compiled softmax on every instruction set: units in the last place, special values, the same bits always.
 
-Lengths stand on each side of every choice in csrc/cpu/softmax_jobs.h: stripes, blocks of 4096, rows that no
-longer stay in the cache (65536 elements, 131072 of 16 bits), pieces of 65536, sixteen columns, fewer than 8.
+Lengths stand on each side of every choice in csrc/cpu/softmax_jobs.h: stripes, blocks of 4096 (rows of more
+are stored or read twice), rows that options make (65536), 16-bit rows (131072), pieces of 65536, sixteen
+columns, fewer than 8. Rows that go together or past the cache are in test_softmax_forms.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.softmax_cases import INF, KINDS, SPECIAL, drawn, units
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
 ISAS = native.isas()
-LENGTHS = (1, 5, 32, 33, 100, 129, 1000, 4097, 65536, 65537, 131_073)
+LENGTHS = (1, 5, 32, 33, 100, 129, 1000, 4096, 4097, 65536, 65537, 131_073)
 KERNELS = {"softmax": torch.softmax, "log_softmax": torch.log_softmax}
 OFFSETS = (1, 3, 16)
 

@@ -87,7 +87,13 @@ struct Kernels {
   void (*pack_panels)(const float* right, int64_t rank, int64_t cols, int dtype, float* panels, int64_t begin,
                       int64_t end);
   int (*panel_width)();
-  void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);  // n + kSlack floats
+  Regime (*softmax_regime)();
+  /// scratch: the more of n and kTogetherFloats, and kSlack floats
+  void (*softmax_rows)(const Softmax&, int64_t begin, int64_t end, float* scratch);
+  RowSum (*softmax_store)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift, float* w,
+                          int* exponents);
+  void (*softmax_scale)(const Softmax&, int64_t row, int64_t begin, int64_t end, float* w,
+                        const int* exponents, const Answer&);
   void (*softmax_columns)(const Softmax&, int64_t outer, int64_t first, int tiles, float* scratch);
   void (*softmax_narrow)(const Softmax&, int64_t outer, float* scratch);
   RowSum (*softmax_sum)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift);
@@ -97,6 +103,7 @@ struct Kernels {
   void (*softmax_write)(const Softmax&, int64_t row, int64_t begin, int64_t end, float shift, const Answer&);
   double (*softmax_backward_sum)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end);
   void (*softmax_backward_write)(const SoftmaxBackward&, int64_t row, int64_t begin, int64_t end, float sum);
+  void (*softmax_backward_rows)(const SoftmaxBackward&, int64_t begin, int64_t end);
   void (*softmax_backward_columns)(const SoftmaxBackward&, int64_t outer, int64_t first, float* scratch);
   // Products of matrices. `rows` (null: as they are) says where row i stands; a tile of sums `c` has rows of
   // kGemmWidth, the left operand rows of kGemmDepth, the right one panels of (k1 - k0) x the panel's width.

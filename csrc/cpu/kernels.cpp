@@ -22,7 +22,10 @@ void merge_lora(const MergeLora&, int64_t, int64_t);
 void lora_squares(const MergeLora&, bool, double*, int64_t, int64_t);
 void pack_panels(const float*, int64_t, int64_t, int, float*, int64_t, int64_t);
 int panel_width();
+Regime softmax_regime();
 void softmax_rows(const Softmax&, int64_t, int64_t, float*);
+RowSum softmax_store(const Softmax&, int64_t, int64_t, int64_t, float, float*, int*);
+void softmax_scale(const Softmax&, int64_t, int64_t, int64_t, float*, const int*, const Answer&);
 void softmax_columns(const Softmax&, int64_t, int64_t, int, float*);
 void softmax_narrow(const Softmax&, int64_t, float*);
 RowSum softmax_sum(const Softmax&, int64_t, int64_t, int64_t, float);
@@ -32,6 +35,7 @@ Answer softmax_infinite(const Softmax&, float, bool);
 void softmax_write(const Softmax&, int64_t, int64_t, int64_t, float, const Answer&);
 double softmax_backward_sum(const SoftmaxBackward&, int64_t, int64_t, int64_t);
 void softmax_backward_write(const SoftmaxBackward&, int64_t, int64_t, int64_t, float);
+void softmax_backward_rows(const SoftmaxBackward&, int64_t, int64_t);
 void softmax_backward_columns(const SoftmaxBackward&, int64_t, int64_t, float*);
 void gemm_widen(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout*, int64_t,
                 bool, float*);
@@ -72,7 +76,10 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::lora_squares,
     PK_ISA::pack_panels,
     PK_ISA::panel_width,
+    PK_ISA::softmax_regime,
     PK_ISA::softmax_rows,
+    PK_ISA::softmax_store,
+    PK_ISA::softmax_scale,
     PK_ISA::softmax_columns,
     PK_ISA::softmax_narrow,
     PK_ISA::softmax_sum,
@@ -82,6 +89,7 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::softmax_write,
     PK_ISA::softmax_backward_sum,
     PK_ISA::softmax_backward_write,
+    PK_ISA::softmax_backward_rows,
     PK_ISA::softmax_backward_columns,
     PK_ISA::gemm_widen,
     PK_ISA::gemm_pack,

@@ -19,6 +19,7 @@ constexpr int kPairs = kStripe / kGroup;
 constexpr int kLazy = 4 * kStripe;  // elements whose terms are added up before the lanes see them
 constexpr int kFew = 4;             // such sums that are added up again: a sum of few terms rounds less
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kHeadroom = 16;  // the exponent of a sum is raised by numbers that exceed it by e^16
 
 struct Stripe {
   Pair p[kPairs];
@@ -80,7 +81,19 @@ PK_IN F lifted_exp(F z, F magic, F low) {
   return p * power;
 }
 
-/// The virtual lanes of one block, in the order that T's load gives them.
+/// The sum of the virtual lanes, in the order that T's load gives them.
+template <class T>
+PK_IN double tree(const Stripe& s) {
+  alignas(64) float lane[kStripe];
+  for (int k = 0; k < kPairs; k++) put(lane + k * kGroup, kParted<T> ? interleave(s.p[k]) : s.p[k], false);
+  alignas(64) double sum[kStripe / 2];
+  for (int l = 0; l < 16; l++) sum[l] = double(lane[l]) + double(lane[l + 16]);
+  for (int l = 0; l < 8; l++) sum[l] += sum[l + 8];
+  for (int l = 0; l < 4; l++) sum[l] += sum[l + 4];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+/// The virtual lanes of one block.
 template <class T>
 struct Lanes {
   Stripe s = zero_stripe(), few = zero_stripe();
@@ -100,16 +113,11 @@ struct Lanes {
     s = each(s, [=](F x) PK_ALWAYS { return x * F::of(by); });
     few = each(few, [=](F x) PK_ALWAYS { return x * F::of(by); });
   }
-  PK_MEMBER double total() {
+  PK_MEMBER Stripe all() {
     fold();
-    alignas(64) float lane[kStripe];
-    for (int k = 0; k < kPairs; k++) put(lane + k * kGroup, kParted<T> ? interleave(s.p[k]) : s.p[k], false);
-    alignas(64) double sum[kStripe / 2];
-    for (int l = 0; l < 16; l++) sum[l] = double(lane[l]) + double(lane[l + 16]);
-    for (int l = 0; l < 8; l++) sum[l] += sum[l + 8];
-    for (int l = 0; l < 4; l++) sum[l] += sum[l + 4];
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    return s;
   }
+  PK_MEMBER double total() { return tree<T>(all()); }
 };
 
 /// The last `count` elements of a row (< kStripe), followed by -inf.
@@ -145,9 +153,20 @@ PK_IN void each_stripe(const T* x, int64_t n, Body&& body) {
   }
 }
 
-/// Adds term(stripe, first index, length) to the lanes, four stripes at a time: sums of few terms round less.
+/// The sum of term(stripe, first index, length) over at most kLazy elements.
 template <class T, class Term>
-PK_IN void each_term(const T* x, int64_t n, Lanes<T>& lanes, Term&& term) {
+PK_IN Stripe sum_of_few(const T* x, int64_t n, Term&& term) {
+  Stripe part = zero_stripe();
+  each_stripe(x, n,
+              [&](const Stripe& s, int64_t i, int count) PK_ALWAYS { part = plus(part, term(s, i, count)); });
+  return part;
+}
+
+/// The virtual lanes of a block's terms, four stripes at a time: sums of few terms round less.
+template <class T, class Term>
+PK_IN Stripe sum_of_block(const T* x, int64_t n, Term&& term) {
+  if (n <= kLazy) return sum_of_few(x, n, term);
+  Lanes<T> lanes;
   const int64_t full = n / kLazy * kLazy;
   for (int64_t i = 0; i < full; i += kLazy) {
     Stripe part = term(load_stripe(x + i), i, kStripe);
@@ -155,12 +174,11 @@ PK_IN void each_term(const T* x, int64_t n, Lanes<T>& lanes, Term&& term) {
       part = plus(part, term(load_stripe(x + i + k), i + k, kStripe));
     lanes.add(part);
   }
-  if (full == n) return;
-  Stripe part = zero_stripe();
-  each_stripe(x + full, n - full, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-    part = plus(part, term(s, full + i, count));
-  });
-  lanes.add(part);
+  if (full < n)
+    lanes.add(sum_of_few(x + full, n - full, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
+      return term(s, full + i, count);
+    }));
+  return lanes.all();
 }
 
 /// Largest element, NaN ignored; -inf for none.
@@ -184,25 +202,37 @@ PK_IN bool has_nan(const T* x, int64_t n) {
   return any(found, found);
 }
 
-/// The pass over a row whose exponent is known: its w to `to`, in the order of T's load, and their sum back.
-/// Floats are written as many as there are; what stands for 16 bits fills whole stripes.
+/// Asks for memory at `p`, which will be read: for the second-level cache, as the first is in use.
+PK_IN void fetch(const void* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0, 2);
+}
+
+/// The pass over a block whose exponent is known: its w to `to`, in the order of T's load, and their lanes
+/// back. Floats are written as many as there are; what stands for 16 bits fills whole stripes. What lies
+/// `ahead` bytes behind each element is fetched.
 template <class T, int degree, bool keep>
-PK_IN double exponentials(const T* x, float* to, int64_t n, Reference at) {
+PK_IN Stripe exponentials_of_block(const T* x, float* to, int64_t n, Reference at, int64_t ahead) {
   const F magic = F::of(at.magic), low = F::of(at.low);
+  return sum_of_block(x, n, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
+    fetch(reinterpret_cast<const char*>(x + i) + ahead, kStripe * int64_t(sizeof(T)));
+    const Stripe w = each(s, [=](F z) PK_ALWAYS { return lifted_exp<degree>(z, magic, low); });
+    if (keep) put_some<float>(to + i, w, sizeof(T) == 4 ? count : kStripe);
+    return w;
+  });
+}
+
+/// The same for a row, and its sum back.
+template <class T, int degree, bool keep>
+PK_IN double exponentials(const T* x, float* to, int64_t n, Reference at, int64_t ahead) {
   double total = 0, before = 0;  // a split row adds up in the same order
   for (int64_t block = 0; block < n; block += kBlock) {
     if (block % kSplit == 0) {
       before += total;
       total = 0;
     }
-    Lanes<T> lanes;
-    each_term(x + block, n - block < kBlock ? n - block : kBlock, lanes,
-              [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-                const Stripe w = each(s, [=](F z) PK_ALWAYS { return lifted_exp<degree>(z, magic, low); });
-                if (keep) put_some<float>(to + block + i, w, sizeof(T) == 4 ? count : kStripe);
-                return w;
-              });
-    total += lanes.total();
+    const int64_t count = n - block < kBlock ? n - block : kBlock;
+    total += tree<T>(
+        exponentials_of_block<T, degree, keep>(x + block, keep ? to + block : nullptr, count, at, ahead));
   }
   return before + total;
 }
@@ -233,6 +263,18 @@ PK_IN Stripe finished(const Stripe& w, const Answer& by) {
   return each(w, [&](F x) PK_ALWAYS { return x * lowered; });
 }
 
+/// y = w / sum over a row whose w stand at `from`, in the order of T's load.
+template <class T, class O>
+PK_IN void scale_row(const float* from, O* out, int64_t n, const Answer& by, bool stream) {
+  const int64_t full = n / kStripe * kStripe;
+  for (int64_t i = 0; i < full; i += kStripe)
+    put_stripe<T>(out + i, finished<O>(load_stripe(from + i), by), stream);
+  if (full == n) return;
+  const Stripe last =
+      sizeof(T) == 4 ? load_stripe(Tail<float>(from + full, n - full).x) : load_stripe(from + full);
+  put_some<T>(out + full, finished<O>(last, by), int(n - full));
+}
+
 /// Writes the same number n times.
 template <class O>
 PK_IN void fill(O* out, int64_t n, float x) {
@@ -259,6 +301,13 @@ PK_IN Answer scales_of(double total) {
   return a;
 }
 
+PK_IN double power_of_two(int e) {  // 0 where the true power is far below all that counts
+  const uint64_t bits = e < -1000 ? 0 : uint64_t(e + 1023) << 52;
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
 /// What follows from a row's sum (total * 2^(exponent - 64), of z - shift) for its last pass; `most` is the
 /// row's largest z - shift. The logarithm is taken of the sum in units of that element's own term, so that
 /// what the exponentials are off by cancels where one element is all that counts: there y is exactly 0.
@@ -274,6 +323,7 @@ inline Answer answer_of(int kind, double total, int exponent, float shift, float
   const Reference at = reference(exponent, float(kDeepest + lead));
   a.magic = at.magic;
   a.low = at.low;
+  a.exponent = exponent;
   if (kind == kSoftmax) return a;
   const double log_sum = double(most) + __builtin_log(total / lifted_sink(most, 0, reference(exponent)));
   a.high = float(log_sum);

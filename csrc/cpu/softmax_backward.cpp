@@ -47,14 +47,18 @@ PK_IN double sum_block(const T* g, const T* y, int64_t n) {
   return lanes.total();
 }
 
+/// What lies `ahead` bytes behind each element is fetched: the next row, while this one is written.
 template <bool log, class T, class O>
-PK_IN void write_block(const T* g, const T* y, O* out, int64_t n, float sum, float scale) {
+PK_IN void write_block(const T* g, const T* y, O* out, int64_t n, float sum, float scale, int64_t ahead,
+                       bool stream) {
   const F s = F::of(sum), by = F::of(scale);
   each_two(g, y, n, [&](const Stripe& a, const Stripe& b, int64_t i, int count) PK_ALWAYS {
+    fetch(reinterpret_cast<const char*>(g + i) + ahead, kStripe * int64_t(sizeof(T)));
+    fetch(reinterpret_cast<const char*>(y + i) + ahead, kStripe * int64_t(sizeof(T)));
     Stripe d;
     for (int k = 0; k < kPairs; k++)
       d.p[k] = {gradient(log, a.p[k].a, b.p[k].a, s, by), gradient(log, a.p[k].b, b.p[k].b, s, by)};
-    put_some<T>(out + i, d, count);
+    put_some<T>(out + i, d, count, stream);
   });
 }
 
@@ -89,12 +93,20 @@ double sum_of(const SoftmaxBackward& job, int64_t row, int64_t begin, int64_t en
 template <class O>
 void write_of(const SoftmaxBackward& job, int64_t row, int64_t begin, int64_t end, float sum) {
   O* out = static_cast<O*>(job.out) + row * job.n;
+  const int64_t next = job.n * int64_t(sizeof(O)), ahead = job.n <= kBlock && next > kAhead ? next : kAhead;
   each_pair_of_blocks<O>(job, row, begin, end, [&](auto* g, auto* y, int64_t i, int64_t count) {
     if (job.kind == kSoftmax)
-      write_block<false>(g, y, out + i, count, sum, job.scale);
+      write_block<false>(g, y, out + i, count, sum, job.scale, ahead, job.stream);
     else
-      write_block<true>(g, y, out + i, count, sum, job.scale);
+      write_block<true>(g, y, out + i, count, sum, job.scale, ahead, job.stream);
   });
+}
+
+template <class O>
+void rows_of(const SoftmaxBackward& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++)
+    write_of<O>(job, row, 0, job.n, float(sum_of<O>(job, row, 0, job.n)));
+  if (job.stream) fence();
 }
 
 /// One row of sixteen (fewer: zeros behind) columns as floats.
@@ -169,9 +181,19 @@ double softmax_backward_sum(const SoftmaxBackward& job, int64_t row, int64_t beg
 }
 
 void softmax_backward_write(const SoftmaxBackward& job, int64_t row, int64_t begin, int64_t end, float sum) {
-  if (job.out_dtype == kF32) return write_of<float>(job, row, begin, end, sum);
+  if (job.out_dtype == kF32) {
+    write_of<float>(job, row, begin, end, sum);
+    if (job.stream) fence();
+    return;
+  }
   if (job.out_dtype == kBF16) return write_of<bf16>(job, row, begin, end, sum);
   return write_of<f16>(job, row, begin, end, sum);
+}
+
+void softmax_backward_rows(const SoftmaxBackward& job, int64_t begin, int64_t end) {
+  if (job.out_dtype == kF32) return rows_of<float>(job, begin, end);
+  if (job.out_dtype == kBF16) return rows_of<bf16>(job, begin, end);
+  return rows_of<f16>(job, begin, end);
 }
 
 void softmax_backward_columns(const SoftmaxBackward& job, int64_t outer, int64_t first, float* scratch) {

@@ -23,7 +23,8 @@ struct Softmax {
   int64_t mask_stride[3];  // in elements
   const float* sink;       // null: none
   int64_t sink_stride[2];
-  bool safe;  // rows of nothing but -inf give 0 (log: -inf) and not NaN
+  bool safe;    // rows of nothing but -inf give 0 (log: -inf) and not NaN
+  bool stream;  // results go past the cache: every row of `out` starts at a multiple of 64
 
   bool plain() const { return temperature == 1 && softcap == 0 && mask_kind == kNoMask; }
 };
@@ -36,6 +37,7 @@ struct SoftmaxBackward {
   int out_dtype, grad_dtype, dtype;
   int64_t outer, n, inner;
   float scale;
+  bool stream;  // as above
 };
 
 /// Sum of e^z over a stretch of a row: total * 2^(exponent - 64).
@@ -56,6 +58,7 @@ struct RowScan {
 /// All that the last pass over a row needs. See answer_of in softmax.h.
 struct Answer {
   enum Fill : int { kCompute = 0, kNaNs = 1, kNothing = 2 } fill;
+  int exponent;            // of the sum
   float magic, low;        // of the exponentials
   float inverse, lowered;  // 1 / sum, and that times 2^-64
   float limit, floor;      // below: denormal results; results that are 0 in float16
@@ -63,10 +66,23 @@ struct Answer {
   float log_sum;
 };
 
-// Which form runs depends on the length of a row and on dtypes alone, and no bit of a result on the form:
-// these constants cost or save time only.
-constexpr int64_t kCachedFloats = 65536;   // a row and its result stay in half of the second-level cache
-constexpr int64_t kCachedHalves = 131072;  // so do a 16-bit row and its exponentials as floats
+/// Where one form gives way to another, which an instruction set says for itself.
+struct Regime {
+  int64_t stored;    // elements of a softmax row in float32 whose exponentials are stored, not computed twice
+  int64_t streamed;  // float32 results of one call from which on they go past the cache
+};
+
+// Which form runs depends on the length of a row, on dtypes and the instruction set alone, and no bit of a
+// result on the form: these constants cost or save time only. bench/softmax_constants.py measures those that
+// no table has its size from; bench/results/softmax/constants-*.json are its results, of AVX2 so far.
+constexpr Regime kOnAvx512 = {65536, INT64_MAX};  // a second exponential costs no more than storing the first
+constexpr Regime kOnAvx2 = {1 << 20, 1 << 23};    // it does, while a third-level cache keeps what is stored
+constexpr Regime kOnOthers = {1 << 20, INT64_MAX};  // no instruction goes past the cache
+constexpr int64_t kCachedFloats = 4096;    // a row of log_softmax or logsumexp that the first cache holds
+constexpr int64_t kLoadedFloats = 65536;   // one that options make: longer ones are made twice
+constexpr int64_t kCachedHalves = 131072;  // a 16-bit row and its exponentials as floats
+constexpr int kTogether = 8;               // short rows that go together, pass by pass
+constexpr int64_t kTogetherFloats = 4096;  // at most so many elements of them, which the first cache holds
 constexpr int64_t kSplit = 65536;          // elements of a longer row that a thread takes at a time
 constexpr int64_t kColumns = 16;           // columns of a reduction over another dimension that go together
 constexpr int64_t kColumnTiles = 8;        // at most so many times sixteen: a row of them is worth its miss

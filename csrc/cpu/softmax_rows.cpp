@@ -1,71 +1,129 @@
 // softmax, log_softmax and logsumexp of rows that stay in the cache: largest element, exponentials, scale.
-// Traffic: reads x once, writes out once, as the second and third pass find the row in the cache.
+// Traffic: reads x once, writes out once, as the second and third pass find the row in the cache. What the
+// next rows are is fetched while exponentials are computed, so that neither waits for the other.
+//
+// Short rows go several at a time, pass by pass: within one row each pass waits for the last sum or maximum.
 #include "softmax_load.h"
 
 namespace pk::cpu::PK_ISA {
 namespace {
 
-/// y = w / sum over a row whose w stand at `from`, in the order of T's load.
-template <class T, class O>
-PK_IN void scale_row(const float* from, O* out, int64_t n, const Answer& by) {
-  const int64_t full = n / kStripe * kStripe;
-  for (int64_t i = 0; i < full; i += kStripe) put_stripe<T>(out + i, finished<O>(load_stripe(from + i), by));
-  if (full == n) return;
-  const Stripe last =
-      sizeof(T) == 4 ? load_stripe(Tail<float>(from + full, n - full).x) : load_stripe(from + full);
-  put_some<T>(out + full, finished<O>(last, by), int(n - full));
-}
-
 /// y = (z - high) - rest.
 template <class T, class O>
-PK_IN void log_row(const T* z, O* out, int64_t n, const Answer& by) {
+PK_IN void log_row(const T* z, O* out, int64_t n, const Answer& by, bool stream) {
   const F high = F::of(by.high), rest = F::of(by.rest);
   each_stripe(z, n, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-    put_some<T>(out + i, each(s, [=](F x) PK_ALWAYS { return (x - high) - rest; }), count);
+    put_some<T>(out + i, each(s, [=](F x) PK_ALWAYS { return (x - high) - rest; }), count, stream);
   });
+}
+
+/// What the passes over a row know of it.
+struct Row {
+  float most;
+  int exponent;
+  double total;
+};
+
+template <class T, class O>
+PK_IN void finish(const Softmax& job, const Answer& by, const T* x, const float* w, O* out, bool stream) {
+  if (job.kind == kLogSumExp) return fill(out, 1, by.log_sum);
+  if (by.fill != Answer::kCompute) return fill(out, job.n, filling(job, by.fill));
+  if (job.kind == kSoftmax) return scale_row<T>(w, out, job.n, by, stream);
+  log_row(x, out, job.n, by, stream);
+}
+
+template <class O>
+PK_IN O* result_of(const Softmax& job, int64_t row) {
+  return static_cast<O*>(job.out) + row * (job.kind == kLogSumExp ? 1 : job.n);
+}
+
+template <class T, class O>
+PK_IN void finish_row(const Softmax& job, int64_t at, const T* x, const float* w, float shift,
+                      const Row& row) {
+  O* out = result_of<O>(job, at);
+  const bool plain = job.kind == kSoftmax && row.total == row.total;
+  const Answer by =
+      plain ? scales_of(row.total) : answer_of(job.kind, row.total, row.exponent, shift, row.most);
+  finish(job, by, x, w, out, job.stream);
+}
+
+/// Where a row's exponentials wait: in its result if they may, as the cache holds one row less then.
+template <class O>
+PK_IN float* place_of(const Softmax& job, int64_t row, float* scratch) {
+  if (sizeof(O) != 4 || job.stream) return scratch;
+  return reinterpret_cast<float*>(result_of<O>(job, row));
 }
 
 /// One row of z = `x` - shift; `scratch` may be `x`.
 template <class T, class O>
-void row_of(const Softmax& job, const T* x, int64_t row, float shift, float* scratch) {
-  const int64_t n = job.n;
-  O* out = static_cast<O*>(job.out) + row * (job.kind == kLogSumExp ? 1 : n);
-  const float sink = sink_of(job, row, 0);
-  const float most = shift != 0 ? 0 : with_sink(largest(x, n), sink);
-  Answer answer;
-  if (!in_range(most)) {
-    if (most - most == 0) {
-      load_row(job, row, 0, n, most, scratch);
-      return row_of<float, O>(job, scratch, row, most, scratch);
-    }
-    answer = answer_at_infinity(job, most, has_nan(x, n) || sink != sink);
-  } else {
-    constexpr int degree = kDegree<O>;
-    const int exponent = nearest_exponent(most);
-    const Reference at = reference(exponent);
-    float* w = sizeof(O) == 4 ? reinterpret_cast<float*>(out) : scratch;
-    double total = job.kind == kSoftmax ? exponentials<T, degree, true>(x, w, n, at)
-                                        : exponentials<T, 6, false>(x, nullptr, n, at);
-    if (job.sink) total += lifted_sink(sink, shift, at);
-    if (job.kind == kSoftmax && total == total) return scale_row<T, O>(w, out, n, scales_of(total));
-    answer = answer_of(job.kind, total, exponent, shift, most);
+void row_of(const Softmax& job, const T* x, int64_t at, float shift, float* scratch) {
+  const float sink = sink_of(job, at, 0);
+  Row row{shift != 0 ? 0 : with_sink(largest(x, job.n), sink), 0, 0};
+  if (in_range(row.most)) {
+    float* w = place_of<O>(job, at, scratch);
+    row.exponent = nearest_exponent(row.most);
+    const Reference by = reference(row.exponent);
+    row.total = job.kind == kSoftmax ? exponentials<T, kDegree<O>, true>(x, w, job.n, by, kAhead)
+                                     : exponentials<T, 6, false>(x, nullptr, job.n, by, kAhead);
+    if (job.sink) row.total += lifted_sink(sink, shift, by);
+    return finish_row<T, O>(job, at, x, w, shift, row);
   }
-  if (job.kind == kLogSumExp) return fill(out, 1, answer.log_sum);
-  if (answer.fill != Answer::kCompute) return fill(out, n, filling(job, answer.fill));
-  log_row<T, O>(x, out, n, answer);
+  if (row.most - row.most == 0) {
+    load_row(job, at, 0, job.n, row.most, scratch);
+    return row_of<float, O>(job, scratch, at, row.most, scratch);
+  }
+  const Answer by = answer_at_infinity(job, row.most, has_nan(x, job.n) || sink != sink);
+  finish<T, O>(job, by, x, scratch, result_of<O>(job, at), false);
+}
+
+/// `count` rows of one block that need neither to be loaded nor a sink.
+template <class O>
+void rows_together(const Softmax& job, int64_t first, int count, float* scratch) {
+  const int64_t n = job.n, stride = (n + kStripe - 1) / kStripe * kStripe;
+  const int64_t bytes = count * n * int64_t(sizeof(O)), ahead = bytes < kAhead ? kAhead : bytes;
+  const O* x = static_cast<const O*>(job.x) + first * n;
+  Row row[kTogether];
+  Reference at[kTogether];
+  Stripe lanes[kTogether];
+  float* w[kTogether];
+  for (int r = 0; r < count; r++) {
+    row[r].most = largest(x + r * n, n);
+    row[r].exponent = in_range(row[r].most) ? nearest_exponent(row[r].most) : 0;
+    at[r] = reference(row[r].exponent);
+    w[r] = place_of<O>(job, first + r, scratch + r * stride);
+  }
+  for (int r = 0; r < count; r++)
+    if (in_range(row[r].most))
+      lanes[r] = job.kind == kSoftmax
+                     ? exponentials_of_block<O, kDegree<O>, true>(x + r * n, w[r], n, at[r], ahead)
+                     : exponentials_of_block<O, 6, false>(x + r * n, nullptr, n, at[r], ahead);
+  for (int r = 0; r < count; r++) row[r].total = in_range(row[r].most) ? tree<O>(lanes[r]) : 0;
+  for (int r = 0; r < count; r++)
+    if (in_range(row[r].most)) finish_row<O, O>(job, first + r, x + r * n, w[r], 0, row[r]);
+  for (int r = 0; r < count; r++)
+    if (!in_range(row[r].most)) row_of<O, O>(job, x + r * n, first + r, 0, scratch);
 }
 
 template <class O>
 void rows_of(const Softmax& job, int64_t begin, int64_t end, float* scratch) {
   const bool direct = job.plain() && job.dtype == dtype_of<O>();
-  for (int64_t row = begin; row < end; row++) {
-    if (direct) {
-      row_of<O, O>(job, static_cast<const O*>(job.x) + row * job.n, row, 0, scratch);
-    } else {
-      load_row(job, row, 0, job.n, 0, scratch);
-      row_of<float, O>(job, scratch, row, 0, scratch);
+  if (direct && !job.sink && job.n <= kBlock) {
+    const int64_t fit = kTogetherFloats / (job.n + kStripe), most = fit < 1           ? 1
+                                                                    : fit < kTogether ? fit
+                                                                                      : kTogether;
+    for (int64_t row = begin; row < end; row += most)
+      rows_together<O>(job, row, int(end - row < most ? end - row : most), scratch);
+  } else {
+    for (int64_t row = begin; row < end; row++) {
+      if (direct) {
+        row_of<O, O>(job, static_cast<const O*>(job.x) + row * job.n, row, 0, scratch);
+      } else {
+        load_row(job, row, 0, job.n, 0, scratch);
+        row_of<float, O>(job, scratch, row, 0, scratch);
+      }
     }
   }
+  if (job.stream) fence();
 }
 
 }  // namespace

@@ -9,17 +9,8 @@
 namespace pk::cpu::PK_ISA {
 namespace {
 
-constexpr float kHeadroom = 16;
-
 PK_IN void prefetch(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + b);
-}
-
-PK_IN double power_of_two(int e) {  // 0 where the true power is far below all that counts
-  const uint64_t bits = e < -1000 ? 0 : uint64_t(e + 1023) << 52;
-  double x;
-  memcpy(&x, &bits, 8);
-  return x;
 }
 
 template <class T, int degree>
@@ -142,10 +133,8 @@ void write_of(const Softmax& job, int64_t row, int64_t begin, int64_t end, float
   const bool direct = job.plain() && shift == 0 && job.dtype == dtype_of<O>();
   const O* x = static_cast<const O*>(job.x) + row * job.n;
   if (direct) {
-    const bool stream = sizeof(O) == 4 && job.n >= kStreamed && job.out != job.x &&
-                        reinterpret_cast<uintptr_t>(out + begin) % 64 == 0;
-    write_block(job, x + begin, out + begin, end - begin, by, stream);
-    if (stream) fence();
+    write_block(job, x + begin, out + begin, end - begin, by, job.stream);
+    if (job.stream) fence();
     return;
   }
   alignas(64) float z[kBlock + kSlack];

@@ -1,5 +1,6 @@
 // What only a device can do: copies to shared memory that run on their own (sm_80), clusters of blocks that
-// read each other's shared memory (sm_90), and its exponential; and what stands for them in the emulation.
+// read each other's shared memory (sm_90), asking for memory ahead, and its exponential; and what stands for
+// them in the emulation.
 #pragma once
 #include "device.h"
 
@@ -24,6 +25,18 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int groups>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+/// Has the 32 bytes around an address brought to the second-level cache.
+__device__ __forceinline__ void ask_for(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+/// threadIdx.x, asked anew: what is computed from it holds no register from one use to the next.
+__device__ __forceinline__ int thread_asked() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 /// 2^x within 2^-22, relatively; 0 below 2^-126.
@@ -65,6 +78,8 @@ template <int groups>
 void wait_copies() {
   emulated::block.copies().wait(groups);
 }
+inline void ask_for(const void* address) { (void)*static_cast<const volatile char*>(address); }
+inline int thread_asked() { return int(threadIdx.x); }
 inline float power_of_2(float x) { return std::exp2(x); }
 inline void cluster_arrive() { emulated::block.cluster_arrive(); }
 inline void cluster_wait() { emulated::block.cluster_wait(); }

@@ -48,13 +48,14 @@ void over_rows(int64_t rows, int64_t n, int threads, Work&& work) {
                   [&](int64_t c, int slot) { work(c * batch, std::min(rows, (c + 1) * batch), slot); });
 }
 
-/// Long rows: a thread each where there are enough of them, else one after another, each by all threads.
+/// Long rows: a thread each where there are enough of them, or one has but a piece; else one after another,
+/// each by all threads.
 template <class Work>
-void over_long_rows(int64_t rows, int threads, Work&& work) {
-  if (rows >= 4 * int64_t(threads))
-    parallel_chunks(rows, threads, [&](int64_t row, int) { work(row, 1); });
+void over_long_rows(int64_t rows, int64_t n, int threads, Work&& work) {
+  if (rows >= 4 * int64_t(threads) || n <= kSplit)
+    parallel_chunks(rows, threads, [&](int64_t row, int slot) { work(row, 1, slot); });
   else
-    for (int64_t row = 0; row < rows; row++) work(row, threads);
+    for (int64_t row = 0; row < rows; row++) work(row, threads, 0);
 }
 
 /// Calls work(piece, begin, end) for the fixed pieces of a row of n elements.
@@ -66,9 +67,11 @@ void over_pieces(int64_t n, int threads, Work&& work) {
 
 class LongRow {
  public:
-  LongRow(const Softmax& job, int64_t row, int threads)
-      : job_(job), row_(row), threads_(threads), sums_(size_t(ceil_divide(job.n, kSplit))) {
+  /// `stored`: where the row's exponentials are kept; null where they are computed twice.
+  LongRow(const Softmax& job, int64_t row, int threads, float* stored)
+      : job_(job), row_(row), threads_(threads), stored_(stored), sums_(size_t(ceil_divide(job.n, kSplit))) {
     if (job.sink) sink_ = job.sink[row * job.sink_stride[0]];
+    if (stored) exponents_.resize(size_t(ceil_divide(job.n, cpu::kBlock)));
   }
 
   void run() {
@@ -76,14 +79,19 @@ class LongRow {
     const Answer answer = needs_maximum() ? from_maximum() : conclude();
     if (job_.kind == cpu::kLogSumExp) return kernels().softmax_write(job_, row_, 0, 0, shift_, answer);
     over_pieces(job_.n, threads_, [&](int64_t, int64_t begin, int64_t end) {
-      kernels().softmax_write(job_, row_, begin, end, shift_, answer);
+      if (stored_)
+        kernels().softmax_scale(job_, row_, begin, end, stored_, exponents_.data(), answer);
+      else
+        kernels().softmax_write(job_, row_, begin, end, shift_, answer);
     });
   }
 
  private:
   void add_up() {
     over_pieces(job_.n, threads_, [&](int64_t c, int64_t begin, int64_t end) {
-      sums_[size_t(c)] = kernels().softmax_sum(job_, row_, begin, end, shift_);
+      sums_[size_t(c)] =
+          stored_ ? kernels().softmax_store(job_, row_, begin, end, shift_, stored_, exponents_.data())
+                  : kernels().softmax_sum(job_, row_, begin, end, shift_);
     });
   }
   Answer conclude() const {
@@ -124,10 +132,44 @@ class LongRow {
   const Softmax& job_;
   const int64_t row_;
   const int threads_;
+  float* const stored_;
   std::vector<RowSum> sums_;
+  std::vector<int> exponents_;  // of the blocks at `stored_`
   float sink_ = -std::numeric_limits<float>::infinity();
   float shift_ = 0;
 };
+
+/// Whether results go past the cache: those that it would not keep, where every row starts on a line.
+template <class Rows>
+bool streams(const Rows& job) {
+  return job.out_dtype == kF32 && uintptr_t(job.out) % 64 == 0 && (job.outer == 1 || job.n % 16 == 0) &&
+         (job.n >= cpu::kStreamed || job.outer * job.n >= kernels().softmax_regime().streamed);
+}
+
+/// Whether a row's exponentials are stored block by block. A row of one block is no matter of blocks.
+bool stores(const Softmax& job) {
+  return job.kind == cpu::kSoftmax && job.out_dtype == kF32 && job.n > cpu::kBlock &&
+         job.n <= kernels().softmax_regime().stored;
+}
+
+/// The longest row that is taken whole, in three passes over what a cache holds.
+int64_t longest_whole(const Softmax& job) {
+  if (job.out_dtype != kF32) return cpu::kCachedHalves;
+  return job.plain() ? cpu::kCachedFloats : cpu::kLoadedFloats;
+}
+
+/// They wait in the result, unless that is x, which a row that turns out to be rare is read from again.
+void softmax_of_stored(const Softmax& job, int threads) {
+  const auto run = [&](int64_t row, int some, float* w) { LongRow(job, row, some, w).run(); };
+  if (job.stream || job.out == job.x) {
+    const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), job.n + cpu::kSlack);
+    return over_long_rows(job.outer, job.n, threads,
+                          [&](int64_t row, int some, int slot) { run(row, some, scratch.of(slot)); });
+  }
+  over_long_rows(job.outer, job.n, threads, [&](int64_t row, int some, int) {
+    run(row, some, static_cast<float*>(job.out) + row * job.n);
+  });
+}
 
 void softmax_of_columns(const Softmax& job, int threads) {
   if (job.inner < cpu::kColumns) {
@@ -149,19 +191,31 @@ void softmax_of_columns(const Softmax& job, int threads) {
 
 }  // namespace
 
-void softmax(const Softmax& job, int threads) {
-  if (job.outer * job.inner == 0 || (job.n == 0 && job.kind != cpu::kLogSumExp)) return;
-  if (job.inner > 1) return softmax_of_columns(job, threads);
-  if (job.n > (job.out_dtype == kF32 ? cpu::kCachedFloats : cpu::kCachedHalves))
-    return over_long_rows(job.outer, threads, [&](int64_t row, int some) { LongRow(job, row, some).run(); });
-  const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), job.n + cpu::kSlack);
+void softmax(const Softmax& given, int threads) {
+  if (given.outer * given.inner == 0 || (given.n == 0 && given.kind != cpu::kLogSumExp)) return;
+  if (given.inner > 1) return softmax_of_columns(given, threads);
+  Softmax job = given;
+  job.stream = job.kind != cpu::kLogSumExp && job.out != job.x && streams(job);
+  if (stores(job)) return softmax_of_stored(job, threads);
+  if (job.n > longest_whole(job))
+    return over_long_rows(job.outer, job.n, threads,
+                          [&](int64_t row, int some, int) { LongRow(job, row, some, nullptr).run(); });
+  if (job.outer * job.n <= cpu::kBlock) {  // locks and threads would take longer than the rows
+    const PlainFloats plain;
+    alignas(64) float scratch[cpu::kBlock + cpu::kSlack];
+    return kernels().softmax_rows(job, 0, job.outer, scratch);
+  }
+  const int64_t floats = std::max(job.n, cpu::kTogetherFloats) + cpu::kSlack;
+  const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), floats);
   over_rows(job.outer, job.n, threads, [&](int64_t begin, int64_t end, int slot) {
     kernels().softmax_rows(job, begin, end, scratch.of(slot));
   });
 }
 
-void softmax_backward(const SoftmaxBackward& job, int threads) {
-  if (job.outer * job.n * job.inner == 0) return;
+void softmax_backward(const SoftmaxBackward& given, int threads) {
+  if (given.outer * given.n * given.inner == 0) return;
+  SoftmaxBackward job = given;
+  job.stream = job.inner == 1 && job.out != job.grad && job.out != job.y && streams(job);
   if (job.inner > 1) {
     const int64_t floats = 2 * (cpu::kColumnRows * cpu::kColumns + cpu::kSlack);
     return over_columns(job.outer, job.inner, cpu::kColumns, floats, threads,
@@ -169,7 +223,7 @@ void softmax_backward(const SoftmaxBackward& job, int threads) {
                           kernels().softmax_backward_columns(job, outer, first, scratch);
                         });
   }
-  const auto whole_row = [&](int64_t row, int some) {
+  const auto whole_row = [&](int64_t row, int some, int) {
     std::vector<double> sums(size_t(ceil_divide(job.n, kSplit)));
     over_pieces(job.n, some, [&](int64_t c, int64_t begin, int64_t end) {
       sums[size_t(c)] = kernels().softmax_backward_sum(job, row, begin, end);
@@ -180,13 +234,9 @@ void softmax_backward(const SoftmaxBackward& job, int threads) {
       kernels().softmax_backward_write(job, row, begin, end, float(total));
     });
   };
-  if (job.n > kSplit) return over_long_rows(job.outer, threads, whole_row);
-  over_rows(job.outer, job.n, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; row++) {
-      const double sum = kernels().softmax_backward_sum(job, row, 0, job.n);
-      kernels().softmax_backward_write(job, row, 0, job.n, float(sum));
-    }
-  });
+  if (job.n > kSplit) return over_long_rows(job.outer, job.n, threads, whole_row);
+  over_rows(job.outer, job.n, threads,
+            [&](int64_t begin, int64_t end, int) { kernels().softmax_backward_rows(job, begin, end); });
 }
 
 }  // namespace pk

@@ -1,8 +1,8 @@
 // The part of CUDA that csrc/cuda uses, on the host: every thread of a block is a fiber, blocks run one by
 // one (those of a cluster side by side), barriers and warp exchanges wait for all who must take part. Slow,
 // and faithful where kernels go wrong: indices, tails, barriers, reductions. Blocks and threads can run in
-// reverse, so that a result that depends on their order shows; a barrier that not all reach is an error and
-// no hang.
+// reverse, and warps ahead of each other, so that a result that depends on their order shows; a barrier that
+// not all reach is an error and no hang.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -107,16 +107,16 @@ struct Fiber {
 class Block {
  public:
   void run(const std::function<void()>& body, const std::vector<dim3>& places, int threads, size_t shared,
-           bool reverse) {
+           bool reverse, bool warps) {
     body_ = &body;
-    const int all = threads * int(places.size());
+    const int all = threads * int(places.size()), together = warps ? kWarp : threads;
     prepare(places, threads, shared);
     for (int left = all; left > 0;) {
       int ran = 0;
-      for (int r = 0; r < int(places.size()); r++)  // a block runs as far as it can before the next one does
+      for (int first = 0; first < all; first += together)  // these run as far as they can before the next do
         for (int before = -1; before != ran;) {
           before = ran;
-          for (int i = r * threads; i < (r + 1) * threads; i++) {
+          for (int i = first; i < first + together; i++) {
             Fiber& fiber = fibers_[size_t(reverse ? all - 1 - i : i)];
             if (fiber.done || (fiber.waits && fiber.waits->generation < fiber.until)) continue;
             fiber.waits = nullptr;
@@ -229,6 +229,7 @@ class Block {
 inline Block block;
 inline std::mutex one_launch;
 inline bool reverse = false;
+inline bool warps = false;  // a warp goes ahead of the others, not all threads of a block together
 
 inline void Block::enter() {
   (*block.body_)();
@@ -260,7 +261,7 @@ void launch_clusters(void (*kernel)(P...), dim3 grid, int threads, size_t shared
       const uint64_t b = first + r;
       places[r] = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
     }
-    emulated::block.run(body, places, threads, shared, emulated::reverse);
+    emulated::block.run(body, places, threads, shared, emulated::reverse, emulated::warps);
   }
 }
 template <class... P>

@@ -1,4 +1,4 @@
-// All CUDA kernels as host code, for tests.
+// All CUDA kernels but those of lora.cpp as host code, for tests.
 #include "../cuda/dare_merge.cu"
 #include "../cuda/dot_products.cu"
 #include "../cuda/elect_sign.cu"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pykernels import check, check_lora
+from pykernels import backends, check, check_lora
 
 OP = "dora_norm"
-_PIECE = 1 << 22
 
 
 def dora_norm(
@@ -15,9 +14,10 @@ def dora_norm(
 ) -> torch.Tensor:
     """The norms of the rows of W + s B A (Liu et al., 2024, section 4): what DoRA's m is divided by.
 
-    From ||W_i||^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T, summed in float32 by torch's products over
-    pieces of rows that stay in the cache, so W is read once. As frozen weights do not change, an inference
-    server keeps the result. A layer with magnitude m is then, norm and m being [out],
+    W is read once. CUDA's kernel adds up squares of elements in float64; elsewhere the norm comes from
+    ||W_i||^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T by torch's products in float32. As frozen weights
+    do not change, an inference server keeps the result. A layer with magnitude m is then, norm and m being
+    [out],
 
         ``y = m / norm * lora_linear(x, weight, lora_A, lora_B, scaling=s) + bias``
 
@@ -38,13 +38,6 @@ def dora_norm(
     check.matrix(OP, "weight", weight, weight, ["out", "in"])
     check_lora.factors(OP, ("lora_A", "lora_B"), weight, weight, lora_A, lora_B)
     s = check.number(OP, "scaling", scaling)
-    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        a, b = lora_A.to(kind), lora_B.to(kind)
-        square = torch.empty(weight.shape[0], dtype=kind, device=weight.device)
-        gram, step = a @ a.t(), max(1, _PIECE // max(1, weight.shape[1]))
-        for start in range(0, weight.shape[0], step):
-            part, high = weight[start : start + step].to(kind), b[start : start + step]
-            cross = part @ a.t() * (2 * s) + high @ gram * (s * s)
-            square[start : start + step] = part.square().sum(1) + (cross * high).sum(1)
-        return square.clamp_(min=0).sqrt_()
+        result: torch.Tensor = backends.call(OP, weight)(weight, lora_A, lora_B, s)
+        return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from pykernels import backends, check, library
 from pykernels.ops import softmax_gradient as gradient
@@ -57,7 +57,7 @@ def softmax(
         argument breaks a rule above; the text names it and its value.
     """
     plain = softcap is None and safe is False and type(temperature) is float and temperature == 1.0
-    if plain and mask is None and sink is None and dtype is None and not is_compiling():
+    if plain and mask is None and sink is None and dtype is None and not is_dynamo_compiling():
         done = _everyday(x, dim, out)
         if done is not None:
             return done
