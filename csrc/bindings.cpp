@@ -295,7 +295,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("shrink", &shrink);
   m.def("reduce", &reduce);
   m.def("advise_huge", [](uintptr_t data, size_t bytes) { pk::advise_huge(at_mutable(data), bytes); });
-  if (!pk::add_tensor_calls(m.ptr())) throw py::error_already_set();
+  if (!pk::add_tensor_calls(m.ptr()) || !pk::add_layer_calls(m.ptr())) throw py::error_already_set();
   m.def("isas", &pk::isas);
   m.def("isa", [] { return std::string(pk::kernels().name); });
   m.def("use_isa", &pk::use_isa);

@@ -6,6 +6,7 @@
 
 #include "drive/softmax.h"
 #include "exchange.h"
+#include "objects.h"
 
 namespace pk {
 namespace {
@@ -19,21 +20,6 @@ struct {
 } lent;
 
 constexpr int64_t kPages = 1 << 16;  // elements from which on a new result's pages are worth a thought
-
-/// A reference that is given back.
-struct Held {
-  PyObject* object;
-  explicit Held(PyObject* owned) : object(owned) {}
-  ~Held() { Py_XDECREF(object); }
-  Held(const Held&) = delete;
-  Held& operator=(const Held&) = delete;
-};
-
-/// Lets other threads of Python run.
-struct Waiting {
-  PyThreadState* state = PyEval_SaveThread();
-  ~Waiting() { PyEval_RestoreThread(state); }
-};
 
 /// A tensor as kernels take it, or a question for the caller: `elements` is 0.
 struct Rows {
@@ -54,21 +40,11 @@ struct Rows {
   }
 };
 
-bool says_no(PyObject* owned) {
-  const Held answer(owned);
-  if (!owned) PyErr_Clear();
-  return owned == Py_False;
-}
 /// Whether memory holds the values themselves. A negated view is the one thing that the protocol hides.
 bool holds_values(PyObject* tensor) { return says_no(PyObject_CallMethodNoArgs(tensor, lent.is_neg)); }
 
 /// Whether the context leaves the choice of a backend to us.
-bool chosen_freely() {
-  PyObject* name;
-  if (PyContextVar_Get(lent.forced, nullptr, &name)) return false;
-  const Held held(name);
-  return name == Py_None;
-}
+bool chosen_freely() { return holds_none(lent.forced); }
 
 bool last_dimension(PyObject* dim, int ndim) {
   if (!PyLong_CheckExact(dim)) return false;
@@ -153,10 +129,6 @@ PyObject* rows(PyObject*, PyObject* const* given, Py_ssize_t count) {
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
   }
-}
-
-PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
 }
 
 PyMethodDef methods[] = {{"lend_tensors", as_method(lend_tensors), METH_FASTCALL, nullptr},

@@ -4,7 +4,8 @@
 
 namespace pk {
 
-/// Adds them to the module; false, with Python's error set, where that fails.
+/// Add them to the module; false, with Python's error set, where that fails.
 bool add_tensor_calls(PyObject* module);
+bool add_layer_calls(PyObject* module);
 
 }  // namespace pk

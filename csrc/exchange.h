@@ -28,7 +28,7 @@ struct Api {
   void* stream;
 };
 
-constexpr int kCpu = 1, kFloat = 2, kBfloat = 4;
+constexpr int kCpu = 1, kInt = 0, kFloat = 2, kBfloat = 4;
 
 /// The protocol of a type of tensors; null where it has none, or one too new or too old.
 inline const Api* of_type(PyObject* type) {
@@ -46,6 +46,16 @@ inline int dtype_of(const Tensor& t) {
   if (t.lanes != 1) return -1;
   if (t.code == kFloat) return t.bits == 32 ? kF32 : t.bits == 16 ? kF16 : -1;
   return t.code == kBfloat && t.bits == 16 ? kBF16 : -1;
+}
+
+inline bool is_int64(const Tensor& t) { return t.lanes == 1 && t.code == kInt && t.bits == 64; }
+
+/// How far apart, in elements, neighbours along dimension d are.
+inline int64_t stride_of(const Tensor& t, int d) {
+  if (t.strides) return t.strides[d];
+  int64_t step = 1;
+  for (int inner = t.ndim - 1; inner > d; inner--) step *= t.shape[inner];
+  return step;
 }
 
 /// How many elements, or -1 where they do not lie row-major.

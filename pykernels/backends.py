@@ -236,6 +236,17 @@ def everyday(op: str) -> Callable[..., torch.Tensor | None]:
     return run
 
 
+def everyday_layers(
+    adapter: type,
+) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
+    """As :func:`everyday`, for lora_linear (x, weight, A, B, scaling, bias) and its grouped form."""
+    if missing("cpu"):
+        return (lambda *_: None), (lambda *_: None)
+    found: tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]
+    found = importlib.import_module("pykernels.native").everyday_layers(_forced, adapter)
+    return found
+
+
 def chosen(op: str, like: torch.Tensor) -> str | None:
     """The name of the backend that runs ``op`` on tensors such as ``like``, None where no backend has it."""
     return _choose(op, like).backend

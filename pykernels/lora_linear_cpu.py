@@ -1,8 +1,9 @@
 """LoRA's linear layers on the CPU: three products of ours (``csrc/drive/gemm.cpp``), or torch's in float32.
 
-float32 products are torch's, whose library is the one to beat there; the adapter is added in place. 16-bit
-ones are ours: operands become float32 in the caches, sums are float32, and each result is rounded once. So
-are float32 ones with dropout, whose mask is drawn where x is read.
+16-bit products are ours: operands become float32 in the caches, sums are float32, and each result is rounded
+once. In float32 torch's library is the one to beat: products of many rows and gradients are torch's, the
+adapter added in place; those of few rows are ours, and those with dropout, whose mask is drawn where x is
+read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from pykernels import lora_linear_torch, products
 from pykernels.lora_linear_torch import ALL, Adapter
+from pykernels.rows import FLOAT_ROWS, FLOAT_WEIGHT
 
 Segments = list[tuple[int, int]]
 
@@ -30,7 +32,7 @@ def lora_linear(
     key: int = 0,
 ) -> None:
     """out [M, N] = x [M, K] W^T + s h B^T + bias, and h [M, ranks] = (x without what is dropped) A^T."""
-    if _torch_is_faster(x, threshold):
+    if not _few_rows(x, weight) and _torch_is_faster(x, threshold):
         return lora_linear_torch.lora_linear(out, h, x, weight, adapters, index, bias, threshold, key)
     weight, adapters = _stored(weight, adapters)
     if bias is not None:
@@ -83,6 +85,13 @@ def lora_linear_backward(
 
 def _torch_is_faster(x: torch.Tensor, threshold: int) -> bool:
     return x.dtype == torch.float32 and threshold == ALL
+
+
+def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a product x W^T reads W as it lies, for fewer rows than torch's library wants."""
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        return False
+    return x.shape[0] <= FLOAT_ROWS and (x.shape[0] > 1 or weight.numel() < FLOAT_WEIGHT)
 
 
 def _stored(weight: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, Sequence[Adapter]]:

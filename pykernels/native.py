@@ -10,7 +10,16 @@ import torch
 
 from pykernels import _C
 from pykernels.cut import Cut
-from pykernels.rows import CODES, COMBINE, MASKS, NONE_KEPT, SUM_BLOCK, through_float32
+from pykernels.rows import (
+    CODES,
+    COMBINE,
+    FLOAT_ROWS,
+    FLOAT_WEIGHT,
+    MASKS,
+    NONE_KEPT,
+    SUM_BLOCK,
+    through_float32,
+)
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 
@@ -264,6 +273,15 @@ def everyday(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Ten
     written = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
     _C.lend_tensors(torch.Tensor, forced, torch.empty_like, written, threads)
     return {"softmax": _C.softmax_rows, "log_softmax": _C.log_softmax_rows}[op]
+
+
+def everyday_layers(
+    forced: ContextVar[str | None], adapter: type
+) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
+    """The calls (x, weight, A, B, scaling, bias) and (x, weight, adapters, index, bias) of the same kind."""
+    types, asked = (torch.Tensor, torch.nn.Parameter, adapter), (forced, torch.is_grad_enabled, threads)
+    _C.lend_layers(*types, *asked, FLOAT_ROWS, FLOAT_WEIGHT)
+    return _C.lora_layer, _C.lora_layers
 
 
 def softmax(

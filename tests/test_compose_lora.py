@@ -73,6 +73,60 @@ def test_svd_is_the_nearest_of_its_rank(rank):
     torch.testing.assert_close(result.A.norm(dim=1), result.B.norm(dim=0))  # neither factor is the larger
 
 
+def hard(kind: str) -> list[LoRA]:
+    """Adapters by what Gram matrices in float32 would make of them."""
+    one, two = adapters((6, 6), out=60, into=80)
+    even = [one._replace(scaling=1.0), two._replace(scaling=1.0)]
+    changed = {
+        "well conditioned": even,
+        "one size, another scale": [one._replace(B=one.B * 1e-12, A=one.A * 1e12), two],
+        "the same B twice": [one, two._replace(B=one.B)],
+        "nearly the same B": [one, two._replace(B=one.B + 1e-3 * two.B)],
+        "the same A twice": [one, two._replace(A=one.A)],
+        "nothing in B": [one, two._replace(B=torch.zeros_like(two.B))],
+        "nothing at all": [one._replace(A=torch.zeros_like(one.A)), two._replace(A=torch.zeros_like(two.A))],
+        "values that fall": [one, two._replace(scaling=1e-6)],
+        "squares too large": [a._replace(A=a.A * 1e20) for a in even],
+        "squares too small": [a._replace(B=a.B * 1e-19) for a in even],
+    }
+    return changed[kind]
+
+
+KINDS = (
+    "well conditioned",
+    "one size, another scale",
+    "the same B twice",
+    "nearly the same B",
+    "the same A twice",
+    "nothing in B",
+    "nothing at all",
+    "values that fall",
+    "squares too large",
+    "squares too small",
+)
+SQUARED = {
+    "well conditioned": (6, 12),
+    "one size, another scale": (6, 12),
+    "the same A twice": (6,),
+    "values that fall": (6,),
+}
+"""Kinds and ranks that Gram matrices serve; the others are left to QR."""
+
+
+@pytest.mark.parametrize("rank", [6, 12])
+@pytest.mark.parametrize("kind", KINDS)
+def test_svd_keeps_its_digits(kind, rank, monkeypatch):
+    given, ways = hard(kind), []
+    by_gram = low_rank_svd._by_gram
+    monkeypatch.setattr(low_rank_svd, "_by_gram", lambda *g: ways.append(by_gram(*g)) or ways[-1])
+    result = pk.compose_lora(given, [1.0, 1.0], method="svd", rank=rank)
+    assert (ways[0] is not None) == (rank in SQUARED.get(kind, ()))
+    truth = exact(given, [1.0, 1.0])
+    left = float((dense(result) - truth).norm()), float((truncated(truth, rank) - truth).norm())
+    assert left[0] <= left[1] + 3e-6 * float(truth.norm())
+    assert len(result.A) == rank and result.A.isfinite().all() and result.B.isfinite().all()
+
+
 def test_svd_of_more_ranks_than_the_matrix_has():
     given = adapters((20, 20), out=12, into=15)
     result = pk.compose_lora(given, 1.0, method="svd")

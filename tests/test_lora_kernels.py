@@ -16,6 +16,7 @@ from tests.walls import Walls
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
 lora_linear_cpu = pytest.importorskip("pykernels.lora_linear_cpu")
+products = pytest.importorskip("pykernels.products")
 ISAS = native.isas()
 HALF = round(0.4 * 65536)
 KEY = 2**63 + 5
@@ -85,6 +86,22 @@ def test_any_rank(rank):
         assert_backward(backward(c, h, HALF), c, kept)
 
 
+# Sides of what one row needs no panel for: ranks of 16, up to a chain (256), columns in eights and sixteens.
+@pytest.mark.parametrize("rank", [15, 16, 32, 256, 272])
+@pytest.mark.parametrize("n", [7, 8, 24, 129, 152])
+def test_few_rows_give_the_bits_of_many(n, rank, isa):
+    """What is added to one row or three without a panel is what a panel gives four rows together."""
+    c = layer(4, n, 40, [rank], torch.bfloat16)
+    low = c.x.float() @ c.adapters[0].A.float().t()
+    rows, high = torch.tensor([3, 1, 0, 2]), (low, c.adapters[0].B.t(), 0.3)
+    whole, parts = nans(4, n, dtype=torch.bfloat16), nans(4, n, dtype=torch.bfloat16)
+    products.product(whole, c.x, c.weight.t(), rows, [(0, 4)], [high], c.bias)
+    products.product(parts, c.x, c.weight.t(), rows, [(0, 1), (1, 4)], [high] * 2, c.bias)
+    assert_same_bits(parts, whole)
+    out, _ = forward(c)
+    assert_forward(out, c, None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("m", [1, 2, 40, 300])
 def test_each_row_its_adapter(m, dtype, isa):
@@ -110,12 +127,12 @@ def test_adapters_without_rows_and_rows_without_adapters():
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("m", [1, 3, 4, 40])
 def test_bits_depend_neither_on_lanes_nor_on_threads(m, dtype):
-    c = layer(m, 140, 270, [17, 3], dtype, grouped=True)
+    c = layer(m, 144, 270, [32, 3], dtype, grouped=True)
     everything = []
     for name, threads in itertools.product(ISAS, (1, 2, 3)):
         with native.use_isa(name), native.use_threads(threads):
             out, h = forward(c, HALF)
-            everything.append([out, *backward(c, h, HALF)])
+            everything.append([out, forward(c)[0], *backward(c, h, HALF)])
     for other in everything[1:]:
         for got, wanted in zip(other, everything[0], strict=True):
             assert_same_bits(got, wanted)
@@ -172,23 +189,24 @@ def test_what_is_dropped_is_gone():
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
-@pytest.mark.parametrize("shape", [(2, 33, 41), (7, 33, 41), (7, 128, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 41), (3, 24, 41), (7, 33, 41), (7, 128, 256)], ids=str)
 def test_nothing_outside_is_read_or_written(shape, at_end, isa):
     walls = Walls()
 
     def place(tensor):
         return walls.place(tensor.reshape(-1), at_end=at_end).view(tensor.shape)
 
-    for dtype in (torch.bfloat16, torch.float16):
-        c = layer(*shape, [5, 3], dtype, grouped=True)
+    for dtype, ranks, kept in ((torch.bfloat16, [5, 3], HALF), (torch.float16, [5, 3], HALF),
+                               (torch.bfloat16, [16, 32], 65536)):  # fmt: skip
+        c = layer(*shape, ranks, dtype, grouped=True)
         low = [Factors(place(a.A), place(a.B), a.scaling) for a in c.adapters]
         x, weight, bias, grad = (place(t) for t in (c.x, c.weight, c.bias, c.grad))
         inside = c._replace(x=x, weight=weight, adapters=low, bias=bias, grad=grad, index=place(c.index))
-        wanted, h = forward(c, HALF)
+        wanted, h = forward(c, kept)
         out, low_out = place(nans(*wanted.shape, dtype=dtype)), place(nans(*h.shape, dtype=torch.float32))
-        lora_linear_cpu.lora_linear(out, low_out, *inside[:5], HALF, KEY)
+        lora_linear_cpu.lora_linear(out, low_out, *inside[:5], kept, KEY)
         assert_same_bits(out.clone(), wanted)
-        for got, want in zip(backward(inside, low_out, HALF), backward(c, h, HALF), strict=True):
+        for got, want in zip(backward(inside, low_out, kept), backward(c, h, kept), strict=True):
             assert_same_bits(got, want)
 
 

@@ -30,7 +30,7 @@ struct Dropout {
 };
 
 /// Memory that the next step of a product will read: `rows` stretches of `lines` cache lines, `step` bytes
-/// apart. It is asked for bit by bit while this step computes.
+/// apart, neither 0. It is asked for bit by bit while this step computes.
 struct Ahead {
   const char* data;
   int64_t step, rows, lines;

@@ -38,7 +38,32 @@ constexpr Tile kTiles[] = {
 #endif
 };
 
-/// Elements k, k + 32, ... of a product are one chain; R columns of the right operand go together.
+/// Asks for memory a share at a time, so that no burst holds the sums up.
+class Asking {
+ public:
+  Asking(const Ahead* list, int64_t count, int64_t shares) : at_(list), end_(list + count) {
+    int64_t lines = 0;
+    for (const Ahead* a = at_; a != end_; a++) lines += a->rows * a->lines;
+    share_ = (lines + shares - 1) / shares;
+  }
+  void share() {
+    for (int64_t i = 0; i < share_ && at_ != end_; i++) {
+      __builtin_prefetch(at_->data + row_ * at_->step + line_ * 64, 0, 2);
+      if (++line_ < at_->lines) continue;
+      line_ = 0;
+      if (++row_ < at_->rows) continue;
+      row_ = 0;
+      at_++;
+    }
+  }
+
+ private:
+  const Ahead *at_, *end_;
+  int64_t share_, row_ = 0, line_ = 0;
+};
+
+/// Elements k, k + 32, ... of a product are one chain; R columns of the right operand go together. x is in
+/// the order in which the right operand is loaded.
 template <int R, class T>
 PK_IN void dots_of(const T* column, int64_t step, const float* x, int64_t depth, float* sums) {
   constexpr int kPairs = int(kGemmStripe) / kGroup;
@@ -50,8 +75,7 @@ PK_IN void dots_of(const T* column, int64_t step, const float* x, int64_t depth,
       __builtin_prefetch(column + (R + r) * step + k, 0, 2);
     for (int p = 0; p < kPairs; p++) {
       const int64_t at = k + p * kGroup;
-      Pair y = load(x + at);
-      if (kParted<T>) y = part(y);
+      const Pair y = load(x + at);
       for (int r = 0; r < R; r++) {
         alignas(64) T few[kGroup];
         const T* from = column + r * step + at;
@@ -93,22 +117,15 @@ void dots(const Matrix& b, int64_t n0, int64_t n1, const float* x, int64_t rows,
 }  // namespace
 
 void gemm_multiply(const float* a, int64_t rows, const float* b, int64_t width, int64_t depth, float* c,
-                   bool add, const Ahead& ahead) {
+                   bool add, const Ahead* ahead, int64_t count) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, panels = (width + kPanel - 1) / kPanel;
-  const int64_t share = (ahead.rows * ahead.lines + tiles * panels - 1) / (tiles * panels);
-  int64_t row = 0, line = 0;
-  for (int64_t t = 0; t < tiles; t++) {
-    const int64_t first = t * rows / tiles, count = (t + 1) * rows / tiles - first;
-    for (int64_t n = 0; n < width; n += kPanel) {
-      for (int64_t i = 0; i < share && row < ahead.rows; i++) {
-        __builtin_prefetch(ahead.data + row * ahead.step + line * 64, 0, 2);
-        if (++line < ahead.lines) continue;
-        line = 0;
-        row++;
-      }
-      kTiles[count - 1](a + first * kGemmDepth, b + n * depth, depth, c + first * kGemmWidth + n, add);
+  Asking asking(ahead, count, tiles * panels);
+  for (int64_t n = 0; n < width; n += kPanel)  // a panel stays in the first cache, the rows in the second
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t first = t * rows / tiles, height = (t + 1) * rows / tiles - first;
+      asking.share();
+      kTiles[height - 1](a + first * kGemmDepth, b + n * depth, depth, c + first * kGemmWidth + n, add);
     }
-  }
 }
 
 void gemm_dots(const Matrix& b, int64_t n0, int64_t n1, const float* x, int64_t rows, int64_t stride,

@@ -69,24 +69,40 @@ int64_t row_of(const int64_t* rows, int64_t i) { return rows ? rows[i] : i; }
 
 template <class T>
 void widen_rows(const Matrix& a, const int64_t* rows, int64_t i0, int64_t i1, int64_t k0, int64_t k1,
-                const Dropout* dropout, int64_t stride, float* to) {
+                const Dropout* dropout, int64_t stride, bool parted, float* to) {
   for (int64_t i = i0; i < i1; i++, to += stride) {
     const int64_t row = row_of(rows, i);
     widen_row<T>(a, row, k0, k1, to);
     if (dropout) drop(*dropout, row * dropout->width + k0, k1 - k0, to);
+    for (int64_t k = 0; parted && k < k1 - k0; k += kGroup) put(to + k, part(load(to + k)), false);
   }
 }
 
-/// Rows of the operand lie along the panels. Panel by panel: side by side, their lines would fall into one
-/// set of the cache.
+/// Rows of the operand lie along the panels. A few rows at a time over all panels: rows a power of two apart
+/// share a set of the cache, and so do panels side by side.
 template <class T>
 void pack_along(const Matrix& b, const int64_t* rows, int64_t k0, int64_t k1, int64_t n0, int64_t n1,
                 float* to) {
-  for (int64_t n = n0; n < n1; n += kPanel) {
-    const int64_t last = n1 - n < kPanel ? n1 : n + kPanel;
-    for (int64_t k = k0; k < k1; k++, to += kPanel) {
-      if (b.col != 1) memset(to, 0, kPanel * sizeof(float));
-      widen_row<T>(b, row_of(rows, k), n, last, to);
+  constexpr int64_t kTogether = 4, kEarly = 16;
+  const int64_t depth = k1 - k0;
+  for (int64_t k = k0; k < k1; k += kTogether) {
+    const int64_t end = k1 - k < kTogether ? k1 : k + kTogether;
+    for (int64_t next = k + kEarly; b.col == 1 && next < k1 && next < end + kEarly; next++)
+      for (int64_t n = n0; n < n1; n += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(static_cast<const T*>(b.data) + row_of(rows, next) * b.row + n, 0, 3);
+    for (int64_t n = n0; n < n1; n += kPanel) {
+      const int64_t last = n1 - n < kPanel ? n1 : n + kPanel;
+      float* panel = to + (n - n0) * depth + (k - k0) * kPanel;
+      for (int64_t i = k; i < end; i++, panel += kPanel) {
+        const int64_t row = row_of(rows, i);
+        if (b.col == 1 && last - n == kPanel) {
+          const Pair p = load(static_cast<const T*>(b.data) + row * b.row + n);
+          put(panel, kParted<T> ? interleave(p) : p, false);
+          continue;
+        }
+        if (b.col != 1) memset(panel, 0, kPanel * sizeof(float));
+        widen_row<T>(b, row, n, last, panel);
+      }
     }
   }
 }
@@ -148,10 +164,10 @@ void pack(const Matrix& b, const int64_t* rows, int64_t k0, int64_t k1, int64_t 
 }  // namespace
 
 void gemm_widen(const Matrix& a, const int64_t* rows, int64_t i0, int64_t i1, int64_t k0, int64_t k1,
-                const Dropout* dropout, int64_t stride, float* to) {
-  if (a.dtype == kF32) return widen_rows<float>(a, rows, i0, i1, k0, k1, dropout, stride, to);
-  if (a.dtype == kBF16) return widen_rows<bf16>(a, rows, i0, i1, k0, k1, dropout, stride, to);
-  return widen_rows<f16>(a, rows, i0, i1, k0, k1, dropout, stride, to);
+                const Dropout* dropout, int64_t stride, bool parted, float* to) {
+  if (a.dtype == kF32) return widen_rows<float>(a, rows, i0, i1, k0, k1, dropout, stride, parted, to);
+  if (a.dtype == kBF16) return widen_rows<bf16>(a, rows, i0, i1, k0, k1, dropout, stride, parted, to);
+  return widen_rows<f16>(a, rows, i0, i1, k0, k1, dropout, stride, parted, to);
 }
 
 void gemm_pack(const Matrix& b, const int64_t* rows, int64_t k0, int64_t k1, int64_t n0, int64_t n1,

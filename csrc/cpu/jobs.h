@@ -108,13 +108,15 @@ struct Kernels {
   // Products of matrices. `rows` (null: as they are) says where row i stands; a tile of sums `c` has rows of
   // kGemmWidth, the left operand rows of kGemmDepth, the right one panels of (k1 - k0) x the panel's width.
   void (*gemm_widen)(const Matrix&, const int64_t* rows, int64_t i0, int64_t i1, int64_t k0, int64_t k1,
-                     const Dropout*, int64_t stride, float* to);
+                     const Dropout*, int64_t stride, bool parted, float* to);
   void (*gemm_pack)(const Matrix&, const int64_t* rows, int64_t k0, int64_t k1, int64_t n0, int64_t n1,
                     float scale, const Dropout*, float* to);
   void (*gemm_multiply)(const float* a, int64_t rows, const float* b, int64_t width, int64_t depth, float* c,
-                        bool add, const Ahead&);
+                        bool add, const Ahead* ahead, int64_t count);
   void (*gemm_dots)(const Matrix& b, int64_t n0, int64_t n1, const float* x, int64_t rows, int64_t stride,
                     int64_t depth, float* c);
+  bool (*gemm_expand)(const Matrix& high, int64_t rank, int64_t n0, int64_t n1, float scale, const float* low,
+                      float* sums);  // of one row; false, and nothing done, where it has no kernel
   void (*gemm_add_kept)(float* c, const float* t, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,
                         int64_t n1, const Dropout&);
   void (*gemm_finish)(const float* c, const GemmOut&, const int64_t* rows, int64_t i0, int64_t i1, int64_t n0,

@@ -38,11 +38,13 @@ void softmax_backward_write(const SoftmaxBackward&, int64_t, int64_t, int64_t, f
 void softmax_backward_rows(const SoftmaxBackward&, int64_t, int64_t);
 void softmax_backward_columns(const SoftmaxBackward&, int64_t, int64_t, float*);
 void gemm_widen(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout*, int64_t,
-                float*);
+                bool, float*);
 void gemm_pack(const Matrix&, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, const Dropout*,
                float*);
-void gemm_multiply(const float*, int64_t, const float*, int64_t, int64_t, float*, bool, const Ahead&);
+void gemm_multiply(const float*, int64_t, const float*, int64_t, int64_t, float*, bool, const Ahead*,
+                   int64_t);
 void gemm_dots(const Matrix&, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*);
+bool gemm_expand(const Matrix&, int64_t, int64_t, int64_t, float, const float*, float*);
 void gemm_add_kept(float*, const float*, const int64_t*, int64_t, int64_t, int64_t, int64_t, const Dropout&);
 void gemm_finish(const float*, const GemmOut&, const int64_t*, int64_t, int64_t, int64_t, int64_t);
 
@@ -93,6 +95,7 @@ const Kernels PK_JOIN(kernels_, PK_ISA) = {
     PK_ISA::gemm_pack,
     PK_ISA::gemm_multiply,
     PK_ISA::gemm_dots,
+    PK_ISA::gemm_expand,
     PK_ISA::gemm_add_kept,
     PK_ISA::gemm_finish,
 };

@@ -1,7 +1,9 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "isa.h"
 #include "process.h"
@@ -17,6 +19,8 @@ using cpu::kGemmWidth;
 using cpu::Matrix;
 
 constexpr int64_t kShrinkRows = 96;  // rows of a skinny product that a thread takes at a time
+constexpr int64_t kFirst = 2;        // columns that a dot product cannot ask for itself
+constexpr int64_t kShrinkDots = 8;   // columns of it, where they are dot products of few rows
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t up_to(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
@@ -33,15 +37,21 @@ class Rooms {
   Scratch memory_;
 };
 
-constexpr cpu::Ahead kNothing{nullptr, 0, 0, 0};
-
-/// Rows or columns [k0, k1) x [n0, n1) of a right operand, whichever are contiguous.
+/// Rows or columns [k0, k1) x [n0, n1) of a right operand, whichever are contiguous; nothing where neither
+/// are.
 cpu::Ahead ahead(const Matrix& b, int64_t k0, int64_t k1, int64_t n0, int64_t n1) {
-  if (b.row != 1 && b.col != 1) return kNothing;
-  const int64_t size = dtype_size(b.dtype), stretch = b.row == 1 ? k1 - k0 : n1 - n0;
-  return {static_cast<const char*>(b.data) + (k0 * b.row + n0 * b.col) * size,
-          (b.row == 1 ? b.col : b.row) * size, b.row == 1 ? n1 - n0 : k1 - k0,
-          ceil_divide(stretch * size, 64)};
+  if (b.row != 1 && b.col != 1) return {nullptr, 0, 0, 0};
+  const int64_t size = dtype_size(b.dtype), stretch = (b.row == 1 ? k1 - k0 : n1 - n0) * size;
+  const int64_t step = (b.row == 1 ? b.col : b.row) * size, rows = b.row == 1 ? n1 - n0 : k1 - k0;
+  const char* data = static_cast<const char*>(b.data) + (k0 * b.row + n0 * b.col) * size;
+  if (step == stretch) return {data, 0, 1, ceil_divide(rows * stretch, 64)};
+  return {data, step, rows, ceil_divide(stretch, 64)};
+}
+
+void fetch(const cpu::Ahead& a) {
+  for (int64_t row = 0; row < a.rows; row++)
+    for (int64_t line = 0; line < a.lines; line++)
+      __builtin_prefetch(a.data + row * a.step + line * 64, 0, 2);
 }
 
 const cpu::Dropout* if_any(const cpu::Dropout& d) { return d.drops() ? &d : nullptr; }
@@ -49,19 +59,110 @@ const cpu::Dropout* if_any(const cpu::Dropout& d) { return d.drops() ? &d : null
 /// Few rows whose right operand has contiguous columns: every element is a dot product.
 bool as_dots(int64_t rows, const Matrix& b) { return rows <= kGemmDots && b.row == 1; }
 
-/// Whole rows as floats, padded with zeros to full stripes.
-void widen_whole(const Matrix& a, const int64_t* rows, int64_t i0, int64_t i1, int64_t k,
+/// Whole rows as floats, padded with zeros to full stripes, for dot products with columns of `b`.
+void widen_whole(const Matrix& a, const Matrix& b, const int64_t* rows, int64_t i0, int64_t i1, int64_t k,
                  const cpu::Dropout* dropout, int64_t stride, float* to) {
   for (int64_t i = 0; i < i1 - i0; i++)
     for (int64_t at = std::max<int64_t>(0, stride - kGemmStripe); at < stride; at++) to[i * stride + at] = 0;
-  kernels().gemm_widen(a, rows, i0, i1, 0, k, dropout, stride, to);
+  kernels().gemm_widen(a, rows, i0, i1, 0, k, dropout, stride, b.dtype == kBF16, to);
 }
+
+/// One block of rows and columns of a skinny product.
+struct ShrinkBlock {
+  const Shrink* part;
+  int64_t begin, end, n0, n1;
+  bool dots;
+};
+
+/// The blocks of all parts; where rows are too few for every thread, dot products are dealt out by columns.
+std::vector<ShrinkBlock> blocks_of(const std::vector<Shrink>& parts, int threads) {
+  std::vector<ShrinkBlock> blocks;
+  for (const Shrink& p : parts) {
+    const bool dots = as_dots(p.end - p.begin, p.factor);
+    const int64_t width = dots && int(parts.size()) < threads ? kShrinkDots : kGemmWidth;
+    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
+      for (int64_t n = 0; n < p.rank; n += width)
+        blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), n, std::min(p.rank, n + width), dots});
+  }
+  return blocks;
+}
+
+/// A skinny product in blocks. Threads take them when they come by: nobody waits for a product as a whole.
+class Skinny {
+ public:
+  Skinny(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
+         const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads)
+      : out_{low, kF32, low_stride, 1, nullptr},
+        a_(a),
+        k_(k),
+        rows_(rows),
+        dropout_(dropout),
+        threads_(std::max(1, threads)),
+        stride_(up_to(std::max<int64_t>(k, 1), kGemmStripe)),
+        blocks_(blocks_of(parts, threads)),
+        rooms_(threads_,
+               kTile + kGemmDepth * kGemmWidth + std::max(kShrinkRows * kGemmDepth, kGemmDots * stride_)) {}
+
+  int64_t count() const { return int64_t(blocks_.size()); }
+
+  void run(int64_t c, int slot) const {
+    const ShrinkBlock& b = blocks_[size_t(c)];
+    const Matrix& factor = b.part->factor;
+    const int64_t count = b.end - b.begin;
+    float *sums = rooms_.of(slot), *panels = sums + kTile, *wide = panels + kGemmDepth * kGemmWidth;
+    if (!k_) memset(sums, 0, size_t(kTile) * sizeof(float));
+    if (b.dots && k_) {
+      ask_first(c + threads_);
+      widen_whole(a_, factor, rows_, b.begin, b.end, k_, if_any(dropout_), stride_, wide);
+      kernels().gemm_dots(factor, b.n0, b.n1, wide, count, stride_, k_, sums);
+    }
+    for (int64_t k0 = 0; k0 < k_ && !b.dots; k0 += kGemmDepth) {
+      const int64_t k1 = std::min(k_, k0 + kGemmDepth);
+      kernels().gemm_widen(a_, rows_, b.begin, b.end, k0, k1, if_any(dropout_), kGemmDepth, false, wide);
+      kernels().gemm_pack(factor, nullptr, k0, k1, b.n0, b.n1, 1, nullptr, panels);
+      kernels().gemm_multiply(wide, count, panels, b.n1 - b.n0, k1 - k0, sums, k0 > 0, nullptr, 0);
+    }
+    kernels().gemm_finish(sums, out_, rows_, b.begin, b.end, b.n0, b.n1);
+  }
+
+  /// Takes blocks until there are none, and waits for those that other threads took.
+  void finish(int slot) {
+    if (done_.load(std::memory_order_acquire) == count()) return;
+    for (int64_t c; (c = next_.fetch_add(1, std::memory_order_relaxed)) < count();) {
+      run(c, slot);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+    while (done_.load(std::memory_order_acquire) < count()) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t kTile = kShrinkRows * kGemmWidth;
+
+  /// Asks for the columns that a thread will read first in a later block, which nothing announces.
+  void ask_first(int64_t c) const {
+    if (c >= count() || !blocks_[size_t(c)].dots) return;
+    const ShrinkBlock& b = blocks_[size_t(c)];
+    fetch(ahead(b.part->factor, 0, k_, b.n0, std::min(b.n1, b.n0 + kFirst)));
+  }
+
+  const cpu::GemmOut out_;
+  const Matrix a_;
+  const int64_t k_;
+  const int64_t* const rows_;
+  const cpu::Dropout dropout_;
+  const int threads_;
+  const int64_t stride_;
+  const std::vector<ShrinkBlock> blocks_;
+  const Rooms rooms_;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
 
 /// Up to kGemmRows rows of a product, by columns over threads.
 class RowsOfProduct {
  public:
-  RowsOfProduct(const Product& job, int64_t i0, int64_t i1, int threads)
+  RowsOfProduct(const Product& job, int64_t i0, int64_t i1, int threads, Skinny* low)
       : job_(job),
+        low_(low),
         i0_(i0),
         i1_(i1),
         count_(i1 - i0),
@@ -82,8 +183,10 @@ class RowsOfProduct {
     parallel_chunks(chunks, threads_, [&](int64_t c, int slot) {
       float* sums = rooms.of(slot);
       float* panels = sums + tile;
-      columns(c * kGemmWidth, std::min(job_.n, (c + 1) * kGemmWidth), sums, panels,
-              panels + kGemmDepth * kGemmWidth);
+      const int64_t n0 = c * kGemmWidth, n1 = std::min(job_.n, n0 + kGemmWidth);
+      frozen(n0, n1, sums, panels);
+      if (low_) low_->finish(slot);
+      adapted(n0, n1, sums, panels, panels + kGemmDepth * kGemmWidth);
     });
   }
 
@@ -92,52 +195,59 @@ class RowsOfProduct {
   int64_t depth(int64_t block) const { return std::min(kGemmDepth, job_.k - block * kGemmDepth); }
 
   void widen() {
-    if (dots_) return widen_whole(job_.a, job_.rows, i0_, i1_, job_.k, nullptr, stride_, wide());
+    if (dots_) return widen_whole(job_.a, job_.b, job_.rows, i0_, i1_, job_.k, nullptr, stride_, wide());
     constexpr int64_t kBatch = 32;
     const int64_t batches = ceil_divide(count_, kBatch);
     parallel_chunks(blocks_ * batches, threads_, [&](int64_t c, int) {
       const int64_t block = c / batches, first = c % batches * kBatch, k = block * kGemmDepth;
       kernels().gemm_widen(job_.a, job_.rows, i0_ + first, i0_ + std::min(count_, first + kBatch), k,
-                           k + depth(block), nullptr, kGemmDepth,
+                           k + depth(block), nullptr, kGemmDepth, false,
                            wide() + (block * count_ + first) * kGemmDepth);
     });
   }
 
-  /// What is packed after this block: the next one, or the first of the next columns.
-  cpu::Ahead next(int64_t block, int64_t n0, int64_t n1) const {
-    const int64_t k = (block + 1) * kGemmDepth;
-    if (k < job_.k) return ahead(job_.b, k, k + depth(block + 1), n0, n1);
-    const int64_t last = std::min(job_.n, n1 + kGemmWidth);
-    return n1 < last ? ahead(job_.b, 0, depth(0), n1, last) : kNothing;
+  static void add(const cpu::Ahead& a, std::vector<cpu::Ahead>& asked) {
+    if (a.rows) asked.push_back(a);
   }
 
-  /// Asks for a share of what the extensions will read: many adapters together are much.
-  void ask(int64_t step, int64_t steps, int64_t n0, int64_t n1) const {
+  /// Adds what is packed after this block: the next one, or the first of the next columns.
+  void next(int64_t block, int64_t n0, int64_t n1, std::vector<cpu::Ahead>& asked) const {
+    const int64_t k = (block + 1) * kGemmDepth, last = std::min(job_.n, n1 + kGemmWidth);
+    if (k < job_.k)
+      add(ahead(job_.b, k, k + depth(block + 1), n0, n1), asked);
+    else if (n1 < last)
+      add(ahead(job_.b, 0, depth(0), n1, last), asked);
+  }
+
+  /// Adds a share of what the extensions will read: many adapters together are much.
+  void announce(int64_t step, int64_t steps, int64_t n0, int64_t n1, std::vector<cpu::Ahead>& asked) const {
     const int64_t count = int64_t(job_.extensions.size());
     for (int64_t i = step * count / steps; i < (step + 1) * count / steps; i++) {
       const Extension& e = job_.extensions[size_t(i)];
-      const cpu::Ahead a = ahead(e.high, 0, e.rank, n0, n1);
-      if (e.begin >= i1_ || e.end <= i0_) continue;
-      for (int64_t row = 0; row < a.rows; row++)
-        for (int64_t line = 0; line < a.lines; line++)
-          __builtin_prefetch(a.data + row * a.step + line * 64, 0, 2);
+      if (e.begin < i1_ && e.end > i0_) add(ahead(e.high, 0, e.rank, n0, n1), asked);
     }
   }
 
-  void columns(int64_t n0, int64_t n1, float* sums, float* panels, float* room) {
+  void frozen(int64_t n0, int64_t n1, float* sums, float* panels) const {
     if (!blocks_) memset(sums, 0, size_t(count_ * kGemmWidth) * sizeof(float));
-    const int64_t steps = dots_ ? 1 : blocks_;
+    std::vector<cpu::Ahead> asked;
     if (dots_ && blocks_) {
-      ask(0, steps, n0, n1);
+      announce(0, 1, n0, n1, asked);
+      for (const cpu::Ahead& a : asked) fetch(a);
       kernels().gemm_dots(job_.b, n0, n1, wide(), count_, stride_, job_.k, sums);
     }
     for (int64_t block = 0; block < blocks_ && !dots_; block++) {
       const int64_t k = block * kGemmDepth;
-      ask(block, steps, n0, n1);
+      asked.clear();
+      next(block, n0, n1, asked);
+      announce(block, blocks_, n0, n1, asked);
       kernels().gemm_pack(job_.b, nullptr, k, k + depth(block), n0, n1, 1, nullptr, panels);
       kernels().gemm_multiply(wide() + block * count_ * kGemmDepth, count_, panels, n1 - n0, depth(block),
-                              sums, block > 0, next(block, n0, n1));
+                              sums, block > 0, asked.data(), int64_t(asked.size()));
     }
+  }
+
+  void adapted(int64_t n0, int64_t n1, float* sums, float* panels, float* room) const {
     for (const Extension& e : job_.extensions) {
       const int64_t begin = std::max(e.begin, i0_), end = std::min(e.end, i1_);
       if (begin < end) extend(e, begin, end, n0, n1, sums + (begin - i0_) * kGemmWidth, panels, room);
@@ -146,20 +256,31 @@ class RowsOfProduct {
   }
 
   void extend(const Extension& e, int64_t begin, int64_t end, int64_t n0, int64_t n1, float* sums,
-              float* panels, float* room) {
+              float* panels, float* room) const {
     const bool drops = job_.dropout.drops();
+    if (!drops && end - begin <= kGemmDots && expand(e, begin, end, n0, n1, sums)) return;
     const Matrix low{e.low, kF32, e.low_stride, 1};
     float* to = drops ? room + count_ * kGemmDepth : sums;
     for (int64_t k = 0; k < e.rank; k += kGemmDepth) {
       const int64_t last = std::min(e.rank, k + kGemmDepth);
-      kernels().gemm_widen(low, job_.rows, begin, end, k, last, nullptr, kGemmDepth, room);
+      kernels().gemm_widen(low, job_.rows, begin, end, k, last, nullptr, kGemmDepth, false, room);
       kernels().gemm_pack(e.high, nullptr, k, last, n0, n1, e.scale, nullptr, panels);
-      kernels().gemm_multiply(room, end - begin, panels, n1 - n0, last - k, to, !drops || k > 0, kNothing);
+      kernels().gemm_multiply(room, end - begin, panels, n1 - n0, last - k, to, !drops || k > 0, nullptr, 0);
     }
     if (drops) kernels().gemm_add_kept(sums, to, job_.rows, begin, end, n0, n1, job_.dropout);
   }
 
+  /// The same sums for very few rows, without a panel; false where there is no such kernel.
+  bool expand(const Extension& e, int64_t begin, int64_t end, int64_t n0, int64_t n1, float* sums) const {
+    for (int64_t i = begin; i < end; i++, sums += kGemmWidth) {
+      const float* low = e.low + (job_.rows ? job_.rows[i] : i) * e.low_stride;
+      if (!kernels().gemm_expand(e.high, e.rank, n0, n1, e.scale, low, sums)) return false;
+    }
+    return true;
+  }
+
   const Product& job_;
+  Skinny* const low_;  // what the extensions wait for; may be null
   const int64_t i0_, i1_, count_;
   const int threads_;
   const bool dots_;
@@ -167,49 +288,24 @@ class RowsOfProduct {
   const Scratch wide_;
 };
 
-/// One block of rows of a skinny product.
-struct ShrinkBlock {
-  const Shrink* part;
-  int64_t begin, end;
-  bool dots;
-};
-
 }  // namespace
 
 void product(const Product& job, int threads) {
   for (int64_t i = 0; i < job.m; i += kGemmRows)
-    RowsOfProduct(job, i, std::min(job.m, i + kGemmRows), threads).run();
+    RowsOfProduct(job, i, std::min(job.m, i + kGemmRows), threads, nullptr).run();
+}
+
+void product_with(const Product& job, float* low, int64_t low_stride, const std::vector<Shrink>& parts,
+                  int threads) {
+  Skinny before(low, low_stride, job.a, job.k, job.rows, parts, job.dropout, threads);
+  for (int64_t i = 0; i < job.m; i += kGemmRows)
+    RowsOfProduct(job, i, std::min(job.m, i + kGemmRows), threads, &before).run();
 }
 
 void shrink(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
             const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads) {
-  std::vector<ShrinkBlock> blocks;
-  for (const Shrink& p : parts)
-    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
-      blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), as_dots(p.end - p.begin, p.factor)});
-  const cpu::GemmOut out{low, kF32, low_stride, 1, nullptr};
-  const int64_t stride = up_to(std::max<int64_t>(k, 1), kGemmStripe), tile = kShrinkRows * kGemmWidth;
-  const Rooms rooms(std::min<int64_t>(threads, int64_t(blocks.size())),
-                    tile + kGemmDepth * kGemmWidth + std::max(kShrinkRows * kGemmDepth, kGemmDots * stride));
-  parallel_chunks(int64_t(blocks.size()), threads, [&](int64_t c, int slot) {
-    const ShrinkBlock& b = blocks[size_t(c)];
-    float *sums = rooms.of(slot), *panels = sums + tile, *wide = panels + kGemmDepth * kGemmWidth;
-    for (int64_t n0 = 0; n0 < b.part->rank; n0 += kGemmWidth) {
-      const int64_t n1 = std::min(b.part->rank, n0 + kGemmWidth), count = b.end - b.begin;
-      if (!k) memset(sums, 0, size_t(tile) * sizeof(float));
-      if (b.dots && k) {
-        widen_whole(a, rows, b.begin, b.end, k, if_any(dropout), stride, wide);
-        kernels().gemm_dots(b.part->factor, n0, n1, wide, count, stride, k, sums);
-      }
-      for (int64_t k0 = 0; k0 < k && !b.dots; k0 += kGemmDepth) {
-        const int64_t k1 = std::min(k, k0 + kGemmDepth);
-        kernels().gemm_widen(a, rows, b.begin, b.end, k0, k1, if_any(dropout), kGemmDepth, wide);
-        kernels().gemm_pack(b.part->factor, nullptr, k0, k1, n0, n1, 1, nullptr, panels);
-        kernels().gemm_multiply(wide, count, panels, n1 - n0, k1 - k0, sums, k0 > 0, kNothing);
-      }
-      kernels().gemm_finish(sums, out, rows, b.begin, b.end, n0, n1);
-    }
-  });
+  const Skinny job(low, low_stride, a, k, rows, parts, dropout, threads);
+  parallel_chunks(job.count(), threads, [&](int64_t c, int slot) { job.run(c, slot); });
 }
 
 void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matrix& a, int64_t n,
@@ -234,7 +330,7 @@ void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matri
       const int64_t k0 = job.begin + block * kGemmDepth, k1 = std::min(job.end, k0 + kGemmDepth);
       kernels().gemm_pack(a, rows, k0, k1, n0, n1, 1, if_any(dropout), panels);
       kernels().gemm_multiply(left + block * each, job.rank, panels, n1 - n0, k1 - k0, sums, block > 0,
-                              kNothing);
+                              nullptr, 0);
     }
     kernels().gemm_finish(sums, job.out, nullptr, 0, job.rank, n0, n1);
   });

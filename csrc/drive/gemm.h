@@ -35,6 +35,11 @@ struct Shrink {
 void shrink(float* low, int64_t low_stride, const cpu::Matrix& a, int64_t k, const int64_t* rows,
             const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads);
 
+/// A product without dropout whose extensions read what `parts` make of the same rows of a: the skinny
+/// products are done by whichever threads come by, beside the wide one.
+void product_with(const Product& job, float* low, int64_t low_stride, const std::vector<Shrink>& parts,
+                  int threads);
+
 /// out [rank, n] = scale * sum over rows [begin, end) of low[row, :]^T a[row, :].
 struct Reduce {
   cpu::GemmOut out;

@@ -151,16 +151,26 @@ def _linear(adapters: Sequence[LoRA], share: list[float]) -> LoRA:
     return LoRA(factors[0], factors[1], 1.0)
 
 
-def _stacked(method: str, adapters: Sequence[LoRA], share: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and A of the sum, in float32 or wider."""
-    for i, a in enumerate(adapters):
-        for name, factor in (("A", a.A), ("B", a.B)):
-            check_lora.finite(OP, f"adapters[{i}].{name}", factor, f"with method {method!r}")
-    B = _wide(torch.cat([a.B for a in adapters], 1))
-    wide = [(a.A.double() * c).to(B.dtype) for a, c in zip(adapters, share, strict=True)]
-    for i, A in enumerate(wide):
-        check_lora.finite(OP, f"adapters[{i}].A times weight and scaling", A, f"with method {method!r}")
-    return B, torch.cat(wide)
+def _stacked(
+    method: str, adapters: Sequence[LoRA], share: list[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """B, A and what the rows of A are to be multiplied by: of the sum, in float32 or wider."""
+    B = _wide(torch.cat([a.B.t() for a in adapters])).t()  # columns stay whole, as products of them read it
+    for i, (a, c) in enumerate(zip(adapters, share, strict=True)):
+        if not _largest(a.A) * max(1.0, abs(c)) + _largest(a.B) <= torch.finfo(B.dtype).max / 2:  # NaN too
+            for name, factor in (("A", a.A), ("B", a.B)):
+                check_lora.finite(OP, f"adapters[{i}].{name}", factor, f"with method {method!r}")
+            product = (a.A.double() * c).to(B.dtype)
+            name = f"adapters[{i}].A times weight and scaling"
+            check_lora.finite(OP, name, product, f"with method {method!r}")
+    A = _wide(torch.cat([a.A for a in adapters]))
+    rows = torch.tensor([len(a.A) for a in adapters], device=A.device)
+    scale = torch.tensor(share, dtype=torch.float64, device=A.device).repeat_interleave(rows)
+    return B, A, scale
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0
 
 
 def _deltas(method: str, adapters: Sequence[LoRA], scaling: list[float]) -> list[torch.Tensor]:

@@ -26,9 +26,9 @@ def lora_linear(
     """x W^T + bias + scaling * dropout(x) A^T B^T (Hu et al., 2021, section 4.1), as PEFT's layers have it.
 
     On a CPU 16-bit inputs are computed in float32 throughout and rounded once, and no bit depends on threads;
-    float32 inputs go to torch's product, whose bits may. Which elements dropout keeps
-    is drawn by Philox from the seed and the element's place in x, alike on every backend, and drawn again for
-    the gradient: neither a mask nor a copy of x is kept.
+    float32 inputs of many rows go to torch's product, whose bits may. Which elements dropout keeps is drawn
+    by Philox from the seed and the element's place in x, alike on every backend, and drawn again for the
+    gradient: neither a mask nor a copy of x is kept.
 
     Args:
         x: tensor [*, in] of any strides: float32, bfloat16, float16, or float64 (through the reference).
@@ -51,6 +51,10 @@ def lora_linear(
     """
     traced = is_compiling()
     if not traced:
+        if type(dropout) is float and dropout == 0.0:
+            done = lora_pass.everyday(x, weight, lora_A, lora_B, scaling, bias)
+            if done is not None:
+                return done
         scaling = check.number(OP, "scaling", scaling)
     threshold = lora_pass.keeping(OP, dropout)
     if traced or bias is not None or not check_lora.fits(x, weight, lora_A, lora_B):

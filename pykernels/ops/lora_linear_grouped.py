@@ -46,6 +46,10 @@ def lora_linear_grouped(
         ValueError, TypeError, NotImplementedError (sparse x): an argument breaks a rule above; the text names
         it and its value.
     """
+    if not is_compiling():
+        done = lora_pass.everyday_grouped(x, weight, adapters, index, bias)
+        if done is not None:
+            return done
     check_lora.layer(OP, x, weight, bias)
     given = _examine(x, weight, adapters)
     _examine_index(x, index, len(given))

@@ -14,10 +14,13 @@ import torch
 
 from pykernels import backends, check, library
 from pykernels.ops.draws import STEPS
+from pykernels.ops.lora import LoRA
 
 ALL = STEPS
 """The threshold of 16-bit draws at which dropout drops nothing."""
 OPERATOR = "lora_linear"
+everyday, everyday_grouped = backends.everyday_layers(LoRA)
+"""Compiled calls that check plain CPU tensors by themselves: None, with nothing done, for anything else."""
 
 Adapters = Sequence[tuple[torch.Tensor, torch.Tensor, float]]
 

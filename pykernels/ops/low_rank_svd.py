@@ -7,18 +7,71 @@ import torch
 EXACT = 512
 """Dense matrices with a side of at most this many elements go to LAPACK whole."""
 _EXTRA, _ROUNDS, _GAIN = 16, 30, 1e-3
+_APART, _DECAY, _HUGE = 0.1, 0.1, 1e30
+"""For Gram matrices of float32 products to serve: how far from the span of those before it a column of B of
+length 1 stands at least, the least singular value that is kept as a part of the largest, and squares of norms
+that are too large; smaller than one by it is too small."""
 
 
-def truncate_product(B: torch.Tensor, A: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [out, R] @ A [R, in] -> factors (A' [rank, in], B' [out, rank]) of the nearest matrix of that rank.
+def truncate_product(
+    B: torch.Tensor, A: torch.Tensor, scale: torch.Tensor | None, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [out, R] @ diag(scale) @ A [R, in] -> factors (A' [rank, in], B' [out, rank]) of the nearest matrix.
 
-    Through QR of the factors and an SVD of R x R (Halko et al., 2011, section 5.2), never the dense product.
-    The orthogonal factors stay reflections, applied to ``rank`` columns: half the work of forming them.
+    ``scale`` [R] is float64, None for ones. Never through the dense product: by the Gram matrices of the
+    factors where these are well conditioned, else by QR of the factors and an SVD of R x R (Halko et al.,
+    2011, section 5.2).
     """
+    found = _by_gram(B, A, scale, rank)
+    if found is not None:
+        return found
+    if scale is not None:
+        A = (A.double() * scale[:, None]).to(A.dtype)
     left, right = Reflections(B), Reflections(A.t())
     u, s, v = torch.linalg.svd(left.r @ right.r.t(), full_matrices=False)
     root = s[:rank].sqrt()
     return _padded(right.times(v[:rank].t() * root).t(), left.times(u[:, :rank] * root), rank)
+
+
+def _by_gram(
+    B: torch.Tensor, A: torch.Tensor, scale: torch.Tensor | None, rank: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The same without QR: with B^T B = L L^T, B L^-T is orthogonal, and L^T A has the singular values of
+    B A, whose squares are the eigenvalues of L^T A A^T L.
+
+    B' A' is B P A with P a projection of rank ``rank`` made in float64, so rounded Gram matrices turn it a
+    little but cost no digits of the product. How little is bounded by two conditions; None where they fail.
+    """
+    if B.dtype != torch.float32 or min(len(B), A.shape[1]) < B.shape[1]:
+        return None
+    gram_b, gram_a = _gram(B), _gram(A.t())
+    if gram_b is None or gram_a is None:
+        return None
+    size = gram_b.diagonal().sqrt()
+    lower, failed = torch.linalg.cholesky_ex(gram_b / (size[:, None] * size))
+    if bool(failed) or not bool(lower.diagonal().min() > _APART):
+        return None
+    across = lower.t() * (size if scale is None else size * scale)
+    inner = across @ gram_a @ across.t()
+    largest = inner.diagonal().max()
+    if not bool(largest > 0) or not bool(largest.isfinite()):
+        return None
+    squares, vectors = torch.linalg.eigh((inner / largest).to(B.dtype))
+    squares, vectors = squares[-rank:].flip(0).double() * largest, vectors[:, -rank:].flip(1)
+    if not bool(squares[-1] > _DECAY**2 * squares[0]):
+        return None
+    vectors = torch.linalg.qr(vectors.double()).Q
+    root = squares.sqrt().sqrt()
+    inverse = torch.linalg.solve_triangular(lower.t() * size, vectors * root, upper=True)
+    projected = (vectors / root).t() @ across
+    return _padded(projected.to(A.dtype) @ A, B @ inverse.to(B.dtype), rank)
+
+
+def _gram(columns: torch.Tensor) -> torch.Tensor | None:
+    """columns^T columns in float64, from float32 products; None where these may over- or underflow."""
+    gram = columns.t() @ columns
+    low, high = gram.diagonal().aminmax()
+    return gram.double() if bool((low > 1 / _HUGE) & (high < _HUGE)) else None
 
 
 class Reflections:
@@ -59,7 +112,7 @@ def truncate(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
         if left <= 1e-6 * whole or missed - left < _GAIN * left:
             break
         missed = left
-    return truncate_product(basis, basis.t() @ delta, rank)
+    return truncate_product(basis, basis.t() @ delta, None, rank)
 
 
 def _padded(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,42 @@
+// Objects of Python as the calls that take tensors handle them: references, answers, and the interpreter's
+// lock.
+#pragma once
+#include <Python.h>
+
+namespace pk {
+
+/// A reference that is given back.
+struct Held {
+  PyObject* object;
+  explicit Held(PyObject* owned) : object(owned) {}
+  ~Held() { Py_XDECREF(object); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+};
+
+/// Lets other threads of Python run.
+struct Waiting {
+  PyThreadState* state = PyEval_SaveThread();
+  ~Waiting() { PyEval_RestoreThread(state); }
+};
+
+inline bool says_no(PyObject* owned) {
+  const Held answer(owned);
+  if (!owned) PyErr_Clear();
+  return owned == Py_False;
+}
+
+/// Whether a context variable holds None here.
+inline bool holds_none(PyObject* variable) {
+  PyObject* value;
+  if (PyContextVar_Get(variable, nullptr, &value)) return false;
+  const Held held(value);
+  return value == Py_None;
+}
+
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+inline PyCFunction as_method(Fast function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+}  // namespace pk
