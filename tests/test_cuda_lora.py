@@ -73,6 +73,19 @@ def test_any_rank(rank):
     check(layer(3 if rank < 257 else 18, 12, 20, [rank], torch.bfloat16), HALF)
 
 
+@pytest.mark.parametrize("where", ["clusters"])
+@pytest.mark.parametrize("rank", [256, 512])
+def test_the_most_shared_memory_that_is_asked_for(rank, where):
+    """Clusters of two: the fewer blocks, the more of the sum has each."""
+    check(layer(2, 40, 60, [rank], torch.float32))
+
+
+@pytest.mark.parametrize("ranks", [(33, 32), (80, 32)], ids=str)
+def test_a_smaller_rank_has_room_for_the_sums_of_more_warps(ranks):
+    c = layer(3, 20, 24, ranks, torch.bfloat16, grouped=True)
+    check(c._replace(index=torch.tensor([1, 0, 1])))
+
+
 def test_beyond_the_largest_rank_torch_serves():
     c = layer(3, 12, 20, [513], torch.bfloat16)
     out, h = forward(c, HALF)

@@ -14,7 +14,7 @@
 namespace pk::cuda {
 namespace {
 
-constexpr int64_t kMostShared = 96 << 10;  // any device from sm_80 on has as much
+constexpr int64_t kMostShared = 97 << 10;  // any device from sm_80 on has as much; float32 takes it all
 constexpr int kDrawsBytes = kWarps * kWarpRows * drawn_bytes(kDrawn);
 
 /// How a launch deals its work: block b is member b % cluster of cluster b / cluster; `groups` clusters share
@@ -36,8 +36,8 @@ PK_HD RowsRoom room_of(const RowsDeal& deal, int rank, int side, int parts) {
   const auto at_least = [](int64_t a, int64_t b) { return a > b ? a : b; };
   RowsRoom room;
   room.planes = deal.tile_rows * 8;
-  room.total = room.planes + at_least(WarpGrid(deal.tile_rows, rank).columns * area * 4,
-                                      side == kWritten ? kDrawsBytes : 0);
+  room.total =
+      room.planes + at_least(planes_of(deal.tile_rows, rank) * 4, side == kWritten ? kDrawsBytes : 0);
   room.staged = room.total + (deal.cluster > 1 ? area * 4 / deal.cluster : 0);
   room.bytes = room.staged + at_least(parts * area * 2, side == kRead ? kDrawsBytes : 0);
   return room;

@@ -20,6 +20,14 @@ struct WarpGrid {
   }
 };
 
+/// Sums of all warps along the columns, at most, for adapters of up to `rank`: one of 32 ranks keeps as many
+/// warps there as it has room for, where one of 33 keeps half of them.
+PK_HD int planes_of(int tile_rows, int rank) {
+  const WarpGrid grid(tile_rows, rank);
+  const int own = grid.columns * padded(rank), full = kWarps / grid.rows * kWarpRanks;
+  return tile_rows * (rank > kWarpRanks && own < full ? full : own);
+}
+
 /// The draws of the rows of a warp, which must have read those before; `rows` are 32 at the most.
 __device__ __forceinline__ void draw_by_warp(uint8_t* kept, const int64_t* rows, int count, int64_t col,
                                              const Dropout& drop) {

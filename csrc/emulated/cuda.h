@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -59,11 +60,29 @@ struct Barrier {
 };
 
 /// What the threads of one block share. `__shared__` variables are one for all blocks: kernels that run in
-/// clusters must keep to dynamic shared memory.
+/// clusters must keep to dynamic shared memory, which begins as NaN of every dtype and ends with a wall.
 struct Room {
+  static constexpr size_t kWall = 4096;
+  static constexpr char kUnwritten = char(0xFF), kBrick = char(0xA5);
   Barrier everyone;
   dim3 place;
+  size_t bytes = 0;
   std::vector<std::max_align_t> shared;
+
+  void prepare(dim3 place_, int threads, size_t bytes_) {
+    everyone = Barrier();
+    everyone.members = threads;
+    place = place_;
+    bytes = bytes_;
+    shared.resize((bytes + kWall) / sizeof(std::max_align_t) + 1);
+    memset(memory(), kUnwritten, bytes);
+    memset(memory() + bytes, kBrick, kWall);
+  }
+  char* memory() { return reinterpret_cast<char*>(shared.data()); }
+  bool wall_stands() {
+    const char* wall = memory() + bytes;
+    return std::all_of(wall, wall + kWall, [](char brick) { return brick == kBrick; });
+  }
 };
 
 /// Copies that a thread has begun; they happen as late as they may, when it waits for them.
@@ -130,6 +149,8 @@ class Block {
         }
       if (ran == 0) throw std::runtime_error("a barrier was not reached by all threads of its block or warp");
     }
+    for (Room& room : rooms_)
+      if (!room.wall_stands()) throw std::runtime_error("a block wrote behind its shared memory");
   }
   void wait(Barrier& barrier) { pause(barrier, arrive(barrier)); }
   Barrier& everyone() { return rooms_[current_->room].everyone; }
@@ -137,7 +158,7 @@ class Block {
   void cluster_wait() { pause(cluster_, current_->cluster_until); }
   Copies& copies() { return current_->copies; }
   size_t rank() const { return current_->room; }
-  char* shared(size_t rank) { return reinterpret_cast<char*>(rooms_[rank].shared.data()); }
+  char* shared(size_t rank) { return rooms_[rank].memory(); }
   /// Every lane of the warp gives a value; the values of all 32 come back.
   const uint64_t* exchange(uint64_t value) {
     Warp& warp = warps_[current_->warp];
@@ -171,12 +192,7 @@ class Block {
     const size_t all = size_t(threads) * places.size();
     if (fibers_.size() < all) fibers_.resize(all);
     rooms_.resize(places.size());
-    for (size_t r = 0; r < places.size(); r++) {
-      rooms_[r].everyone = Barrier();
-      rooms_[r].everyone.members = threads;
-      rooms_[r].place = places[r];
-      rooms_[r].shared.resize(shared / sizeof(std::max_align_t) + 1);
-    }
+    for (size_t r = 0; r < places.size(); r++) rooms_[r].prepare(places[r], threads, shared);
     cluster_ = Barrier();
     cluster_.members = int(all);
     warps_.assign(all / kWarp, Warp());
@@ -207,8 +223,7 @@ class Block {
     room.everyone.release_if_full();
     cluster_.members--;
     cluster_.release_if_full();
-    if (room.everyone.members == 0 && rooms_.size() > 1)
-      memset(static_cast<void*>(room.shared.data()), 0xA5, room.shared.size() * sizeof(std::max_align_t));
+    if (room.everyone.members == 0) memset(room.memory(), Room::kUnwritten, room.bytes);
   }
   __attribute__((noinline)) void resume(Fiber& fiber) {
     if (_setjmp(scheduler_) != 0) return;
