@@ -256,6 +256,7 @@ def test_the_op_and_the_norm_choose_the_backend():
     with pk.use_backend("cuda"):
         assert_same_bits(pk.merge_lora(there(w), on_device(adapters)).cpu(), run(w, adapters))
         norm = pk.dora_norm(there(w), a.A, a.B, a.scaling)
+        assert_same_bits(pk.dora_norm(torch._neg_view(there(-w)), a.A, a.B, a.scaling), norm)
     assert_same_bits(norm, merge_lora_cuda.norms(there(w), a.A, a.B, a.scaling).float())
     torch.testing.assert_close(norm.cpu(), pk.dora_norm(w, *adapters[0][:3]))
 

@@ -39,5 +39,5 @@ def dora_norm(
     check_lora.factors(OP, ("lora_A", "lora_B"), weight, weight, lora_A, lora_B)
     s = check.number(OP, "scaling", scaling)
     with torch.no_grad():
-        result: torch.Tensor = backends.call(OP, weight)(weight, lora_A, lora_B, s)
+        result: torch.Tensor = backends.call(OP, weight)(weight.resolve_neg(), lora_A, lora_B, s)
         return result
