@@ -26,6 +26,7 @@ constexpr int kMostParts = 3;  // of a float32
 
 #ifndef PK_EMULATED
 
+// Volatile, as all lanes of a warp must take part: none may be moved behind a branch that only some take.
 __device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4],
                                               const uint32_t (&right)[2], const float (&start)[4]) {
   asm volatile(
