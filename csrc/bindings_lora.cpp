@@ -19,6 +19,7 @@ struct {
   PyObject *forced = nullptr, *recording = nullptr, *threads = nullptr;
   PyObject *is_neg = nullptr, *requires_grad = nullptr, *new_empty = nullptr;
   int64_t float_rows = 0, float_weight = 0;
+  Watches watches;
 } lent;
 
 constexpr int64_t kSmall = 1 << 17;  // multiplications below which a second thread starts too late
@@ -116,7 +117,8 @@ struct Call {
     return true;
   }
 
-  /// A new tensor [*, n] that `job` then fills; null with an error set.
+  /// A new tensor [*, n] that `job` then fills; None where a transform of torch.func keeps it from us; null
+  /// with an error set.
   PyObject* result(PyObject* x_object) {
     const Held shape(PyTuple_New(x.at.ndim));
     if (!shape.object) return nullptr;
@@ -126,20 +128,22 @@ struct Call {
       PyTuple_SET_ITEM(shape.object, d, size);
     }
     PyObject* made = PyObject_CallMethodOneArg(x_object, lent.new_empty, shape.object);
+    if (!made) return nullptr;
     exchange::Tensor out;
-    if (!made || lent.api->lend(made, &out)) {
-      Py_XDECREF(made);
-      return nullptr;
+    if (lent.api->lend(made, &out) || out.device_type != exchange::kCpu || !out.data) {
+      PyErr_Clear();
+      Py_DECREF(made);
+      Py_RETURN_NONE;
     }
     job.out = {exchange::data_of(out), x.dtype(), job.n, 1, job.out.bias};
     if (job.m * job.n >= kPages) advise_huge(job.out.data, size_t(job.m * job.n * dtype_size(x.dtype())));
     return made;
   }
 
-  /// Fills a new tensor; null with an error set.
+  /// Fills a new tensor, or None as above; null with an error set.
   PyObject* run(PyObject* x_object) {
     const Held out(result(x_object));
-    if (!out.object) return nullptr;
+    if (!out.object || out.object == Py_None) return Py_XNewRef(out.object);
     if (job.m * job.n * job.k < kSmall) {
       lora_linear(job, 1);
       return Py_NewRef(out.object);
@@ -153,12 +157,15 @@ struct Call {
   }
 };
 
+/// Whether the context leaves the choice of a backend to us, and nobody waits for an operator.
+bool chosen_freely() { return lent.api && holds_none(lent.forced) && lent.watches.none(); }
+
 bool records() { return !says_no(PyObject_CallNoArgs(lent.recording)); }
 
 /// layer(x, weight, lora_A, lora_B, scaling, bias): the result; None, and nothing done, where a question is
 /// open.
 PyObject* layer(PyObject* const* given) {
-  if (!lent.api || !holds_none(lent.forced)) Py_RETURN_NONE;
+  if (!chosen_freely()) Py_RETURN_NONE;
   Call call(given[0], given[1], records());
   if (!call.taken || !call.add(given[2], given[3], given[4]) || !call.add_bias(given[5])) Py_RETURN_NONE;
   return call.run(given[0]);
@@ -181,7 +188,7 @@ bool index_fits(const Operand& index, const Call& call) {
 
 /// layers(x, weight, adapters, index, bias): the same with an adapter for every row.
 PyObject* layers(PyObject* const* given) {
-  if (!lent.api || !holds_none(lent.forced)) Py_RETURN_NONE;
+  if (!chosen_freely()) Py_RETURN_NONE;
   if (!PyList_CheckExact(given[2]) && !PyTuple_CheckExact(given[2])) Py_RETURN_NONE;
   const Held adapters(PySequence_Tuple(given[2]));  // ours, as a list could be changed meanwhile
   if (!adapters.object) return nullptr;
@@ -195,10 +202,10 @@ PyObject* layers(PyObject* const* given) {
   return call.run(given[0]);
 }
 
-/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, float_weight): whether calls
-/// will be taken.
+/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, float_weight, watches):
+/// whether calls will be taken.
 PyObject* lend_layers(PyObject* const* given) {
-  for (int i = 0; i < 6; i++) Py_INCREF(given[i]);
+  for (int i = 0; i < 9; i++) Py_INCREF(given[i]);
   lent.api = exchange::of_type(given[0]);
   lent.tensor = reinterpret_cast<PyTypeObject*>(given[0]);
   lent.parameter = reinterpret_cast<PyTypeObject*>(given[1]);
@@ -208,6 +215,7 @@ PyObject* lend_layers(PyObject* const* given) {
   lent.threads = given[5];
   lent.float_rows = PyLong_AsLongLong(given[6]);
   lent.float_weight = PyLong_AsLongLong(given[7]);
+  lent.watches.take(given[8]);
   lent.is_neg = PyUnicode_InternFromString("is_neg");
   lent.requires_grad = PyUnicode_InternFromString("requires_grad");
   lent.new_empty = PyUnicode_InternFromString("new_empty");
@@ -224,7 +232,7 @@ PyObject* counted(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
 }
 
-PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 8>), METH_FASTCALL, nullptr},
+PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 9>), METH_FASTCALL, nullptr},
                          {"lora_layer", as_method(counted<layer, 6>), METH_FASTCALL, nullptr},
                          {"lora_layers", as_method(counted<layers, 5>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

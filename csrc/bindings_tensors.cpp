@@ -17,6 +17,7 @@ struct {
   PyTypeObject* type = nullptr;
   PyObject *forced = nullptr, *empty_like = nullptr, *written = nullptr, *threads = nullptr;
   PyObject *is_neg = nullptr, *requires_grad = nullptr;
+  Watches watches;
 } lent;
 
 constexpr int64_t kPages = 1 << 16;  // elements from which on a new result's pages are worth a thought
@@ -43,8 +44,8 @@ struct Rows {
 /// Whether memory holds the values themselves. A negated view is the one thing that the protocol hides.
 bool holds_values(PyObject* tensor) { return says_no(PyObject_CallMethodNoArgs(tensor, lent.is_neg)); }
 
-/// Whether the context leaves the choice of a backend to us.
-bool chosen_freely() { return holds_none(lent.forced); }
+/// Whether the context leaves the choice of a backend to us, and nobody waits for an operator.
+bool chosen_freely() { return holds_none(lent.forced) && lent.watches.none(); }
 
 bool last_dimension(PyObject* dim, int ndim) {
   if (!PyLong_CheckExact(dim)) return false;
@@ -85,17 +86,18 @@ bool run(int kind, const Rows& out, const Rows& x) {
   return true;
 }
 
-/// lend_tensors(type, forced, empty_like, written, threads), `written` taking a tuple: whether rows of that
-/// type will be taken.
+/// lend_tensors(type, forced, empty_like, written, threads, watches), `written` taking a tuple: whether rows
+/// of that type will be taken.
 PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != 5) return PyErr_Format(PyExc_TypeError, "lend_tensors: takes 5 arguments, got %zd", count);
-  for (int i = 0; i < 5; i++) Py_INCREF(given[i]);
+  if (count != 6) return PyErr_Format(PyExc_TypeError, "lend_tensors: takes 6 arguments, got %zd", count);
+  for (int i = 0; i < 6; i++) Py_INCREF(given[i]);
   lent.api = exchange::of_type(given[0]);
   lent.type = reinterpret_cast<PyTypeObject*>(given[0]);
   lent.forced = given[1];
   lent.empty_like = given[2];
   lent.written = given[3];
   lent.threads = given[4];
+  lent.watches.take(given[5]);
   lent.is_neg = PyUnicode_InternFromString("is_neg");
   lent.requires_grad = PyUnicode_InternFromString("requires_grad");
   return PyBool_FromLong(lent.api != nullptr);

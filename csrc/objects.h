@@ -34,6 +34,25 @@ inline bool holds_none(PyObject* variable) {
   return value == Py_None;
 }
 
+/// Answers whether somebody follows the calls of operators, which what a kernel does would escape. Made of
+/// two functions: how many modes of dispatch there are, and which trace.
+class Watches {
+ public:
+  void take(PyObject* two) {
+    modes_ = PyTuple_GetItem(two, 0);
+    trace_ = PyTuple_GetItem(two, 1);
+  }
+  bool none() const {
+    const Held modes(PyObject_CallNoArgs(modes_)), trace(PyObject_CallNoArgs(trace_));
+    const bool none = modes.object && PyLong_AsLong(modes.object) == 0 && trace.object == Py_None;
+    if (!none) PyErr_Clear();
+    return none;
+  }
+
+ private:
+  PyObject *modes_ = nullptr, *trace_ = nullptr;
+};
+
 using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 inline PyCFunction as_method(Fast function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));

@@ -206,6 +206,7 @@ def lend_tensors(
     empty_like: Callable[..., torch.Tensor],
     written: Callable[..., None],
     threads: Callable[[], int],
+    watches: tuple[Callable[[], int], Callable[[], object]],
 ) -> bool: ...
 def softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
 def log_softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
@@ -218,6 +219,7 @@ def lend_layers(
     threads: Callable[[], int],
     float_rows: int,
     float_weight: int,
+    watches: tuple[Callable[[], int], Callable[[], object]],
 ) -> bool: ...
 def lora_layer(
     x: object, weight: object, lora_A: object, lora_B: object, scaling: object, bias: object

@@ -18,6 +18,9 @@ from pykernels import check
 NAMESPACE = "pykernels"
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _SIGN = 1 << 63
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_tracing: Callable[[], Any] = torch._C._get_tracing_state
 
 
 def define(
@@ -58,9 +61,16 @@ def differentiate(op: str, setup_context: Callable[..., None], backward: Callabl
     torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
+def watched() -> bool:
+    """Whether work is followed by its operators: by a mode of dispatch (fake tensors, make_fx), a transform
+    of torch.func, or a trace. What a kernel does to memory would escape them.
+    """
+    return bool(_modes()) or _transforms() is not None or _tracing() is not None
+
+
 def needed(*coefficients: object) -> bool:
-    """Whether a call must go by the operator: it is being compiled, or a coefficient asks for a gradient."""
-    if is_compiling():
+    """Whether a call must go by the operator: compiled, watched, or a coefficient asks for a gradient."""
+    if is_compiling() or watched():
         return True
     for value in coefficients:
         if check.is_tensor(value) and wants_gradient(value):

@@ -22,6 +22,8 @@ from pykernels.rows import (
 )
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
+_WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state)
+"""What everyday calls ask in place of ``library.watched``: a transform's tensors have no memory to lend."""
 
 Tensors = Sequence[torch.Tensor]
 
@@ -271,7 +273,7 @@ def everyday(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Ten
     """
     # What the public function calls; the way through Python takes as long as all other questions together.
     written = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-    _C.lend_tensors(torch.Tensor, forced, torch.empty_like, written, threads)
+    _C.lend_tensors(torch.Tensor, forced, torch.empty_like, written, threads, _WATCHES)
     return {"softmax": _C.softmax_rows, "log_softmax": _C.log_softmax_rows}[op]
 
 
@@ -280,7 +282,7 @@ def everyday_layers(
 ) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
     """The calls (x, weight, A, B, scaling, bias) and (x, weight, adapters, index, bias) of the same kind."""
     types, asked = (torch.Tensor, torch.nn.Parameter, adapter), (forced, torch.is_grad_enabled, threads)
-    _C.lend_layers(*types, *asked, FLOAT_ROWS, FLOAT_WEIGHT)
+    _C.lend_layers(*types, *asked, FLOAT_ROWS, FLOAT_WEIGHT, _WATCHES)
     return _C.lora_layer, _C.lora_layers
 
 

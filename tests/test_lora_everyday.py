@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pykernels as pk
 from pykernels import backends
@@ -193,6 +195,42 @@ def test_leaves_a_forced_backend():
         with pk.use_backend(name):
             assert everyday(*given) is None
     assert everyday(*given) is not None
+
+
+def test_leaves_what_is_watched():
+    """Somebody who follows operators would see an empty result, or write to memory that is not there."""
+    c = layer(2, 3, 4, [1], torch.bfloat16)
+    a, b, s = c.adapters[0]
+
+    def run(x):
+        return pk.lora_linear(x, c.weight, a, b, scaling=s)
+
+    wanted = run(c.x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert everyday(c.x, c.weight, a, b, s, None) is None
+        fake = run(c.x)
+    assert fake.device.type == "cpu" and fake.shape == wanted.shape
+    for follow in (make_fx, torch.func.functionalize):
+        ones = torch.ones_like(c.x)
+        graph = follow(run)(ones) if follow is make_fx else follow(run)
+        assert_same_bits(graph(c.x), wanted)
+    with pytest.warns((DeprecationWarning, torch.jit.TracerWarning)):
+        traced = torch.jit.trace(run, (ones,), check_trace=False)
+    assert_same_bits(traced(c.x), wanted)
+
+
+def test_leaves_a_result_that_a_transform_wraps():
+    c = layer(2, 3, 4, [1], torch.bfloat16)
+    given = (c.x, c.weight, *c.adapters[0], None)
+    left = []
+
+    def loss(scale):
+        left.append(everyday(*given))
+        a, b, s = c.adapters[0]
+        return scale * pk.lora_linear(c.x, c.weight, a, b, scaling=s).float().sum()
+
+    slope = torch.func.grad(loss)(torch.tensor(2.0))
+    assert left == [None] and float(slope) == float(everyday(*given).float().sum())
 
 
 def test_keeps_no_reference():

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pykernels as pk
 from pykernels import backends
@@ -51,6 +53,22 @@ def test_takes_rows(op, everyday, shape, dtype):
         assert everyday(x, dim, out) is out and everyday(inplace, dim, inplace) is inplace
         for got in (fresh, out, inplace, getattr(pk, op)(x, dim)):
             assert_same_bits(got, wanted)
+
+
+def test_leaves_what_is_watched(op, everyday):
+    """Somebody who follows operators would see an empty result, or write to memory that is not there."""
+    x = torch.randn(4, 8)
+
+    def run(x):
+        return getattr(pk, op)(x)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert everyday(x, -1, None) is None and run(x).shape == x.shape
+    for graph in (make_fx(run)(torch.ones_like(x)), torch.func.functionalize(run)):
+        assert_same_bits(graph(x), run(x))
+    with pytest.warns((DeprecationWarning, torch.jit.TracerWarning)):
+        traced = torch.jit.trace(run, (torch.ones_like(x),), check_trace=False)
+    assert_same_bits(traced(x), run(x))
 
 
 def test_counts_as_a_change_of_out(op, everyday):

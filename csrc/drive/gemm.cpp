@@ -105,7 +105,8 @@ class Skinny {
 
   int64_t count() const { return int64_t(blocks_.size()); }
 
-  void run(int64_t c, int slot) const {
+  /// Must not throw: other threads wait for what one has taken.
+  void run(int64_t c, int slot) const noexcept {
     const ShrinkBlock& b = blocks_[size_t(c)];
     const Matrix& factor = b.part->factor;
     const int64_t count = b.end - b.begin;
