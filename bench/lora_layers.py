@@ -92,7 +92,7 @@ def stepped(c: Layer, options: Options, call: Any) -> Result:
 def difference(c: Layer, options: Options, result: Result, *, adapted: bool = True) -> float:
     """Largest difference of a result from float64, in units of its largest element.
 
-    Of the result, or the gradient of x, the first four rows are looked at. ``adapted``: with the adapter, or the
+    Of the result, or of the gradient of x, four rows are looked at. ``adapted``: with the adapter, or the
     frozen product. RuntimeError beyond :func:`close`'s room.
     """
     wanted = _gradients(c, options, adapted) if options.get("step") else [_rows(c, options, adapted)]
