@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -45,18 +46,23 @@ class CudaClock:
         self._sum = torch.empty((), dtype=torch.int64, device=device)
 
     def capture(self, calls: Call) -> Call:
-        """Warmed up on a stream of its own, as graphs must be."""
+        """Warmed up on a stream of its own, as graphs must be.
+
+        A graph knows addresses alone: what ``calls`` holds must live as long. A capture that fails leaves
+        torch on the graph's stream, and here it goes back.
+        """
+        here = torch.cuda.current_stream(self.device)
         stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_stream(here)
         with torch.cuda.stream(stream):
             calls()
             calls()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        here.wait_stream(stream)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(here), torch.cuda.graph(graph):
             calls()
-        return graph.replay
+        return partial(_replay, graph, calls)
 
     def seconds(self, call: Call) -> float:
         """By two events."""
@@ -72,6 +78,10 @@ class CudaClock:
         """As the driver counts, with what torch only caches."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
+
+
+def _replay(graph: torch.cuda.CUDAGraph, held: Call) -> None:
+    graph.replay()
 
 
 class HostClock:

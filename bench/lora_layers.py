@@ -92,13 +92,12 @@ def stepped(c: Layer, options: Options, call: Any) -> Result:
 def difference(c: Layer, options: Options, result: Result, *, adapted: bool = True) -> float:
     """Largest difference of a result from float64, in units of its largest element.
 
-    Of results with a row per row of x the first four are looked at. ``adapted``: with the adapter, or the
+    Of the result, or of the gradient of x, four rows are looked at. ``adapted``: with the adapter, or the
     frozen product. RuntimeError beyond :func:`close`'s room.
     """
     wanted = _gradients(c, options, adapted) if options.get("step") else [_rows(c, options, adapted)]
-    given = [result] if isinstance(result, torch.Tensor) else list(result)
-    parts = ((got[:_ROWS] if got.shape[0] == c.x.shape[0] else got) for got in given)
-    return max(close(got, truth) for got, truth in zip(parts, wanted, strict=True))
+    first, *low = [result] if isinstance(result, torch.Tensor) else result
+    return max(close(got, truth) for got, truth in zip([first[:_ROWS], *low], wanted, strict=True))
 
 
 def close(got: torch.Tensor, truth: torch.Tensor, room: float | None = None) -> float:

@@ -2,7 +2,7 @@
 
 x [M, K], weight [N, K], A [r, K], B [N, r] of one dtype; each function returns y [M, N] and has gradients,
 but for vLLM's, which serves only. The kernels of those projects save launches beyond what stands here; the
-passes over memory are theirs.
+passes over memory are theirs, where nothing else is said.
 """
 
 from __future__ import annotations
@@ -108,6 +108,9 @@ def stacked(adapters: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
 
 def vllm_grouped(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, index: Tensor) -> Tensor:
-    """bgmv of vllm/lora/ops/torch_ops/lora_ops.py on :func:`stacked` adapters: each row gathers its own."""
+    """bgmv of vllm/lora/ops/torch_ops/lora_ops.py on :func:`stacked` adapters: each row gathers its own.
+
+    The gathered copies are passes that vLLM's kernels for a GPU do not make.
+    """
     low = torch.einsum("mk,mrk->mr", x, A[index])
     return linear(x, weight).add_(torch.einsum("mr,mnr->mn", low, B[index]))

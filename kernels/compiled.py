@@ -235,9 +235,10 @@ def layer(
 ) -> Configuration:
     """A kernel of a linear layer of even sizes; x contiguous, and what is given as None absent."""
     pointer = {tl.float32: "*fp32", tl.bfloat16: "*bf16", tl.float16: "*fp16"}[dtype]
-    named = {"IN": dtype, "FIELD": lora_rows.FACTOR_B.value, "FORM": lora_rows.ACROSS, "sx1": 1, **fixed}
+    named = {"IN": dtype, "LOW": dtype, "FIELD": lora_rows.FACTOR_B.value, "FORM": lora_rows.ACROSS}
+    named |= {"TILED": True, "sx1": 1, **fixed}
     named |= {name: value for name, value in shape.fixed(0).items() if name.isupper()}
-    named |= {"LOW": fixed.get("LOW", dtype), "TILED": True, "STEPS": 0, "RANKS": lora_shapes.RANKS}
+    named |= {"STEPS": 0, "RANKS": lora_shapes.RANKS}
     names = kernel.arg_names
     constants = {name: value for name, value in named.items() if name in names}
     if not fixed["GROUPED"]:
@@ -252,7 +253,7 @@ def layer(
 
 
 def lora_layers() -> Iterator[Configuration]:
-    """Linear layers with LoRA: large tiles, those that take most registers, and few rows."""
+    """Linear layers with LoRA: large tiles, those that take most registers, few rows, and sums of parts."""
     half, wide = tl.bfloat16, tl.float32
     made, small, large = lora_product._lora_product, {"until": 80}, {"since": 90}
     forth = {"FROZEN": True, "BIASED": False, "DROP": False, "EVEN": True}
@@ -264,6 +265,7 @@ def lora_layers() -> Iterator[Configuration]:
     yield layer(made, lora_shapes.MANY_ROWS, half, **large, **many)
     yield layer(made, lora_shapes.MANY_ROWS, half, **small, **plain)
     yield layer(made, lora_shapes.SOME_ROWS, half, **small, **back, LOW=wide)
+    yield layer(made, lora_shapes.SOME_ROWS, half, since=90, until=90, **{**back, "TILED": False})
     yield layer(made, lora_shapes.SOME_ROWS, half, **small, **many)
     yield layer(made, lora_shapes.FEW_ROWS, half, **many)
     yield layer(made, lora_shapes.LOW_ALONE, wide, **{**many, "FROZEN": False})
@@ -277,7 +279,16 @@ def lora_layers() -> Iterator[Configuration]:
     ):
         yield layer(lora_shrink._lora_shrink, shape, dtype, **more)
     yield layer(lora_reduce._lora_reduce, lora_shapes.reduce(64, f16), half, **drop)
+    yield layer(lora_reduce._lora_reduce, lora_shapes.reduce(16, f16), half, GROUPED=False, DROP=False)
     yield layer(lora_reduce._lora_reduce, lora_shapes.reduce(64, f32), wide, **alike)
+    parts = {"parts": "*fp32", "splits": "i32", "n": "i32", "scaling": "fp32"}
+    joined = {"low": "*fp32", "count": "i64", **parts}
+    yield Configuration(lora_shrink._lora_join, joined, {"BLOCK": lora_shrink.JOINED}, launch.WARPS)
+    finished = {"table": "*i64", **parts}
+    finished |= dict.fromkeys(("ranks", "rank", "splits", "adapters", "address"), "i64")
+    fixed = {"GROUPED": True, "FIELD": lora_rows.GRADIENT_B.value, "TURNED": True, "TO": half}
+    fixed |= {"BLOCK": lora_reduce.FINISHED}
+    yield Configuration(lora_reduce._lora_finish, finished, fixed, launch.WARPS)
 
 
 def lora_merges() -> Iterator[Configuration]:

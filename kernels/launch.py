@@ -132,14 +132,20 @@ def fill(rows: torch.Tensor, words: list[int], *, alone: bool = False) -> None:
 
     ``alone``: they are few, and no memory of the host is made for them.
     """
-    if rows.device.type != "cuda":
-        rows[: len(words)] = torch.tensor(words)
-    elif alone or torch.cuda.is_current_stream_capturing():
-        pack(rows, words)
-    else:  # the first words as in a graph, so that a warm-up compiles and loads what a capture needs
-        pack(rows, words[: table.WORDS])
-        rest = slice(table.WORDS, len(words))
-        rows[rest].copy_(torch.tensor(words[rest]).pin_memory(), non_blocking=True)
+    with on(rows.device):
+        if rows.device.type != "cuda":
+            rows[: len(words)] = torch.tensor(words)
+        elif alone or torch.cuda.is_current_stream_capturing():
+            pack(rows, words)
+        else:  # the first words as in a graph, so that a warm-up compiles and loads what a capture needs
+            pack(rows, words[: table.WORDS])
+            rest = slice(table.WORDS, len(words))
+            rows[rest].copy_(torch.tensor(words[rest]).pin_memory(), non_blocking=True)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Launch:
@@ -154,9 +160,8 @@ class Launch:
             firsts.append(self.tiles)
             self.tiles += -(-job.numel // (TILE * unit)) * unit
         self.stride = width(self.models)
-        with self._current():
-            self.rows = self.empty(-(-len(jobs) * self.stride // table.WORDS) * table.WORDS)
-            self._fill(firsts)
+        self.rows = self.empty(-(-len(jobs) * self.stride // table.WORDS) * table.WORDS)
+        self._fill(firsts)
 
     def _fill(self, firsts: list[int]) -> None:
         """Put the rows on the device; the host waits for nothing, and one row needs no memory of the host."""
@@ -166,10 +171,6 @@ class Launch:
             words += row(job, first, self.rows.data_ptr() + 8 * i * self.stride)
         words += [0] * (-len(words) % table.WORDS)
         fill(self.rows, words, alone=len(self.jobs) == 1)
-
-    def _current(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device: make it that of the tensors."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Scratch memory of the device, zeroed on its stream."""
@@ -182,7 +183,7 @@ class Launch:
     def run(self, kernel: Any, programs: int, *args: object, num_warps: int = WARPS, **fixed: object) -> None:
         """``kernel`` over ``programs`` blocks, with the table in front of ``args``."""
         try:
-            with self._current():
+            with on(self.device):
                 kernel[(programs,)](
                     self.rows, len(self.jobs), self.stride, self.models, *args,
                     **fixed, num_warps=num_warps, enable_fp_fusion=False,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from pykernels.kernels import lora_shapes
-from pykernels.kernels.dropout import kept
+from pykernels.kernels.dropout import TILE, kept
 from pykernels.kernels.lanes import rounded
 from pykernels.kernels.launch import READS
 from pykernels.kernels.lora_rows import (
@@ -65,6 +65,7 @@ def frozen(
 ):  # fmt: skip
     """acc + x [M, K] W [K, N] of a tile."""
     lane = tl.arange(0, DEPTH).to(tl.int64)
+    depth = tl.full([], DEPTH, tl.int64)  # strides are of 32 bits where they fit, steps need not
     left = x + rows[:, None].to(tl.int64) * sx0 + lane[None, :] * sx1
     right = weight + lane[:, None] * sw0 + columns[None, :] * sw1
     for step in range(0, STEPS if STEPS > 0 else tl.cdiv(k, DEPTH)):
@@ -76,8 +77,8 @@ def frozen(
             a = tl.load(left, mask=rest[None, :], other=0)
             b = tl.load(right, mask=rest[:, None] & inside[None, :], other=0)
         acc = dot(acc, a, b)
-        left += DEPTH * sx1
-        right += DEPTH * sw0
+        left += depth * sx1
+        right += depth * sw0
     return acc
 
 
@@ -147,8 +148,9 @@ def product(
     """
     (m, k), n, whole = x.shape, weight.shape[1], x.dtype != torch.float32
     threshold, key = drop
-    plain = rows.ids is None and threshold == DROPS_NOTHING and factors.dtype == x.dtype
-    shape = lora_shapes.product(m, x.dtype, x.device, plain)
+    drops = threshold < DROPS_NOTHING
+    plain = rows.ids is None and not drops and factors.dtype == x.dtype
+    shape = lora_shapes.product(m, x.dtype, x.device, plain, drops and n % TILE.value != 0)
     tiles = -(-m // shape.rows)
     run(
         "lora_linear", _lora_product, tiles * -(-n // shape.columns), x,
@@ -156,7 +158,7 @@ def product(
         sw0=weight.stride(0), sw1=weight.stride(1), ranks=low.shape[1], tiles=tiles,
         adapters=len(factors.given), threshold=threshold, key=key,
         scaling=0.0 if rows.ids is not None else single(factors.given[0][2]),
-        FROZEN=whole, BIASED=bias is not None, DROP=threshold < DROPS_NOTHING,
+        FROZEN=whole, BIASED=bias is not None, DROP=drops,
         TILED=lora_shapes.tiled(n, shape.columns), LOW=READS[factors.dtype], IN=READS[x.dtype],
         EVEN=k % shape.depth == 0 and n % shape.columns == 0,
         RANKS=lora_shapes.RANKS,

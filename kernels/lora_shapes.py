@@ -53,7 +53,7 @@ SHRINK_WIDE = Shape(64, 16, 64, 8, 3)
 """Of a float32 factor: each warp holds all of its tile, in three parts."""
 SHRINK_WIDEST = Shape(64, 16, 32, 8, 3)
 """Of float32 alone."""
-REDUCE = Shape(32, 128, 64, 8, 3)
+REDUCE = Shape(32, 128, 32, 8, 3)
 REDUCE_WIDE = Shape(16, 64, 32, 4, 3)
 """Columns are of the wide operand, rows of the rank; depth counts rows of x."""
 MERGE = Shape(64, 128, 16, 8, 2)
@@ -66,15 +66,18 @@ def rank_block(rank: int, most: int) -> int:
     return min(most, max(16, power_of_two(rank)))
 
 
-def product(m: int, dtype: torch.dtype, device: torch.device, plain: bool) -> Shape:
+def product(m: int, dtype: torch.dtype, device: torch.device, plain: bool, singly: bool = False) -> Shape:
     """Of the frozen product with the adapter's term, or of that term alone.
 
-    ``plain``: one 16-bit adapter and nothing dropped; all else takes registers that a large tile has not.
+    ``plain``: one 16-bit adapter and nothing dropped; all else takes registers that a large tile has not, and
+    most of all what is dropped where it is drawn ``singly``, element by element.
     """
     if dtype == torch.float32:
         return LOW_ALONE
     if m <= FEW:
         return FEW_ROWS
+    if singly:
+        return SOME_ROWS
     if _shared_memory(device) >= LARGE_TILE:
         return MOST_ROWS if plain else MANY_ROWS
     return MANY_ROWS if plain else SOME_ROWS

@@ -8,7 +8,6 @@ norms. The adapters' products are summed in float32, scaled there, and rounded o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -203,8 +202,7 @@ def _launch(jobs: Sequence[Job], kernel: object, *more: object, **fixed: object)
         tiles += job.tiles()
     words += [0] * (-len(words) % table.WORDS)
     rows = torch.empty(len(words), dtype=torch.int64, device=like.device)
-    with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
-        fill(rows, words, alone=len(jobs) == 1)
+    fill(rows, words, alone=len(jobs) == 1)
     run("merge_lora", kernel, tiles, like, rows, len(jobs), stride, *more, **fixed, **jobs[0].constants())
 
 

@@ -8,14 +8,13 @@ rows, so a row has the same bits in every batch.
 from __future__ import annotations
 
 from array import array
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from triton.errors import TritonError
 
 from pykernels.kernels.exponential import MOST_TERMS
-from pykernels.kernels.launch import INTERPRETED
+from pykernels.kernels.launch import INTERPRETED, on
 from pykernels.kernels.softmax_tile import COLUMNS, CONTIGUOUS, STRIDED
 
 TILE = 65536 if INTERPRETED else 4096
@@ -108,7 +107,7 @@ def single(number: float) -> float:
 def run(op: str, kernel: Any, programs: int, like: torch.Tensor, *args: object, **fixed: Any) -> None:
     """Launch on the device and stream of ``like``."""
     try:
-        with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
+        with on(like.device):
             kernel[(programs,)](*args, **fixed, enable_fp_fusion=False)
     except (RuntimeError, TritonError) as error:
         raise RuntimeError(

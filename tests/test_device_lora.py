@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,7 +31,7 @@ from pykernels.bench import (
     lora_rivals,
     turns,
 )
-from pykernels.bench.gpu_clock import HostClock
+from pykernels.bench.gpu_clock import CudaClock, HostClock
 from pykernels.bench.inputs import LOGITS, Spec
 from pykernels.bench.llama import Layout
 from tests.bench_layers import SHAPE, compile_without_inductor, small
@@ -149,6 +153,42 @@ def test_pefts_scheme_stands_in_where_peft_is_missing(host, monkeypatch):
     assert compiled == {"name": "peft compiled", "missing": "not installed"}
     judged = {t["about"]: t for t in gpu_targets.judge({"lora": {"rows": [row]}})}
     assert judged["the same with dropout 0.1"]["rows"] == 1
+
+
+def test_a_graph_keeps_what_it_reads_and_a_failed_one_gives_the_stream_back(monkeypatch):
+    """Where PEFT's layers were freed, the next rival's tensors would lie."""
+    streams, graph = ["default"], Mock()
+
+    @contextmanager
+    def on(stream):
+        before, streams[:] = streams[:], [stream]
+        try:
+            yield
+        finally:
+            streams[:] = before
+
+    @contextmanager
+    def capturing(graph):
+        streams[:] = ["capture"]
+        yield
+        streams[:] = ["default"]
+
+    stand_ins = {"Stream": Mock(), "stream": on, "synchronize": Mock(), "graph": capturing}
+    stand_ins |= {"current_stream": lambda device: Mock(), "CUDAGraph": lambda: graph}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    clock, held = CudaClock.__new__(CudaClock), torch.empty(3)
+    clock.device, alive = torch.device("cuda"), weakref.ref(held)
+    call = clock.capture(partial(torch.Tensor.numel, held))
+    del held
+    call()
+    assert alive() is not None and graph.replay.call_count == 1
+    del call
+    assert alive() is None
+    fails = iter((None, None))
+    with pytest.raises(StopIteration):
+        clock.capture(lambda: next(fails))
+    assert streams == ["default"]
 
 
 def test_what_no_graph_can_hold_is_called_as_it_is():

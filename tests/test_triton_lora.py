@@ -7,6 +7,8 @@ those of float32 sums in any order, as for the CPU's kernels.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ pytest.importorskip("triton")
 
 import pykernels as pk
 from pykernels import grouping
-from pykernels.kernels import lora_linear, lora_shapes, merge_lora
+from pykernels.kernels import launch, lora_linear, lora_shapes, merge_lora
 from pykernels.ref.lora_linear import Factors
 from pykernels.ref.philox import draws
 from pykernels.ref.rounding import NAN
@@ -345,3 +347,25 @@ def test_the_norm_takes_rows_or_columns_and_any_other_layout():
         exact = torch.linalg.vector_norm(truth(given, [a], False), dim=1)
         assert norm.dtype == WIDE
         assert_within_sum(norm.cpu(), exact, given.double().abs().sum(1), 10)
+
+
+def test_a_table_is_filled_on_its_own_device(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    here, packed = [None], []
+
+    @contextmanager
+    def current(device):
+        here.append(device)
+        yield
+        here.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(launch, "pack", lambda rows, words: packed.append(here[-1]))
+    launch.fill(SimpleNamespace(device=torch.device("cuda:1")), [0] * 40, alone=True)
+    assert packed == [torch.device("cuda:1")]
+
+
+def test_what_is_drawn_element_by_element_takes_a_small_tile(monkeypatch):
+    monkeypatch.setattr(lora_shapes, "_shared_memory", lambda device: lora_shapes.LARGE_TILE)
+    shapes = [lora_shapes.product(4096, HALVES, torch.device("cuda"), False, s) for s in (False, True)]
+    assert shapes == [lora_shapes.MANY_ROWS, lora_shapes.SOME_ROWS]
