@@ -6,6 +6,9 @@
 #include <array>
 
 #include "cuda/merge_lora.h"
+#ifdef PK_EMULATED
+#include "emulated/mma.h"
+#endif
 
 namespace py = pybind11;
 

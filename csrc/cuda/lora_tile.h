@@ -6,6 +6,7 @@
 #pragma once
 #include "cluster.h"
 #include "merge_lora.h"
+#include "mma.h"
 #include "stage.h"
 #include "tile.h"
 

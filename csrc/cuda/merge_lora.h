@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "jobs.h"
-#include "mma.h"
+#include "parts.h"
 
 namespace pk::cuda {
 

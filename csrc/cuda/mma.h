@@ -1,4 +1,4 @@
-// Tensor cores: the product of a warp, and numbers of any dtype as the 16-bit numbers that they multiply.
+// Tensor cores: the product of a warp.
 //
 // A warp's product is sum [16][8] += left [16][16] @ right [16][8], products exact, sums in float32. Lane l
 // holds, with g = l / 4 and p = l % 4, two neighbours to a word and that of the lower index in the low half:
@@ -12,8 +12,8 @@
 #pragma once
 #include <type_traits>
 
-#include "../math/dtype.h"
 #include "device.h"
+#include "parts.h"
 #ifdef PK_EMULATED
 #include "../emulated/mma.h"
 #endif
@@ -21,8 +21,6 @@
 namespace pk::cuda {
 
 constexpr float kCut = 11 * 0x1p-23f;
-constexpr int kStep = 16;      // ranks of one product
-constexpr int kMostParts = 3;  // of a float32
 
 #ifndef PK_EMULATED
 
@@ -96,27 +94,6 @@ __device__ __forceinline__ void multiply_f16(float (&sum)[4], const uint32_t (&l
                                              const uint32_t (&right)[2]) {
   multiply_f16(sum, left, right, sum);
 }
-
-/// How many bf16 hold a number of this dtype exactly.
-PK_HD int parts_of(int dtype) { return dtype == kBF16 ? 1 : dtype == kF16 ? 2 : kMostParts; }
-
-/// x as the sum of three bf16, exactly (but for what is below 2^-133): each is what is left cut off to eight
-/// bits, so that none overflows. Of what is not finite: the value, then 0.
-PK_HD void split(float x, bf16 (&part)[kMostParts]) {
-  const uint32_t key = float_bits(x) & kAbs;
-  for (int i = 0; i < kMostParts; i++) {
-    const uint32_t bits = float_bits(x) & 0xFFFF0000u;
-    part[i].bits = uint16_t(bits >> 16);
-    x -= bits_float(bits);
-  }
-  if (key >= kInfinity) {
-    if (key > kInfinity) part[0].bits = uint16_t(kNaN >> 16);
-    part[1].bits = part[2].bits = 0;
-  }
-}
-
-/// What the pairs that `each_pair` leaves out are at most of a product: 2^-7 * 2^-15 twice, and 2^-30.
-constexpr float kLeftOut = 0x1.01p-21f;
 
 /// Which parts of two numbers are multiplied, the smallest products first: body(i, j) for part i of the left
 /// one and j of the right one where i + j <= 2.
