@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "device.h"
 #include "jobs.h"
 #include "parts.h"
 
