@@ -111,18 +111,21 @@ def configurations() -> Iterator[Configuration]:
 
 
 def merges(dtype: tl.dtype) -> Iterator[Configuration]:
-    """The streaming merges: three models, by every election; many (eight, say); and at any byte address."""
+    """The streaming merges: three models, by every election; on sm_90 alone many, and any byte address."""
     total, weighted, plain = (merge_loop.SUM.value, merge_loop.WEIGHTED.value, merge_loop.PLAIN.value)
     for align, models in ((16, 3), (16, 0), (0, 3)):
         fixed = {
             "SKIP": False, "BASED": True, "IN": dtype, "TO": dtype, "ALIGN": align, "MODELS": models,
             "BLOCK": launch.BLOCK, "TILE": launch.TILE,
         }  # fmt: skip
-        yield Configuration(linear_merge._linear_merge, TABLE, {"SHARED": False, **fixed}, launch.WARPS)
+        runs = ARCHITECTURES if (align, models) == (16, 3) else (90,)
+        one = Configuration(linear_merge._linear_merge, TABLE, {"SHARED": False, **fixed}, launch.WARPS)
+        yield one._replace(architectures=runs)
         for combine in (total, weighted, plain) if (align, models) == (16, 3) else (weighted,):
             elected = {"COMBINE": combine, "SHARED": combine != total, **fixed}
-            yield Configuration(ties_merge._ties_merge, TABLE, elected, launch.WARPS)
-            yield Configuration(dare_merge._dare_merge, TABLE, elected, launch.WARPS)
+            for kernel in (ties_merge._ties_merge, dare_merge._dare_merge):
+                one = Configuration(kernel, TABLE, elected, launch.WARPS)
+                yield one._replace(architectures=runs)
 
 
 def selections(dtype: tl.dtype) -> Iterator[Configuration]:

@@ -50,9 +50,12 @@ LAYOUT = {
 WITHOUT_TENSORS = {"advise_huge", "ideal", "isa", "isas", "use_isa"}
 """Functions that touch no tensor of a kernel test (``ideal``, the benchmarks' control, needs lines of 64)."""
 
-ELSEWHERE = {"lend_tensors", "softmax_rows", "log_softmax_rows", "product", "shrink", "reduce"}
-"""Functions that take tensors in another form: softmax's kernels are reached by ``softmax`` too, and products
-have guard pages of their own in test_lora_kernels.py."""
+ELSEWHERE = {
+    *("lend_tensors", "softmax_rows", "log_softmax_rows"),
+    *("product", "shrink", "reduce", "lend_layers", "lora_layer", "lora_layers"),
+}
+"""Functions that take tensors in another form: softmax's kernels are reached by ``softmax`` too, and the
+products that layers are made of have guard pages of their own in test_lora_kernels.py."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -6,8 +6,11 @@
 
 namespace pk {
 namespace cpu {
+#ifdef PK_X86_AVX512
+extern const Kernels kernels_avx512;
+#endif
 #ifdef PK_X86
-extern const Kernels kernels_avx512, kernels_avx2;
+extern const Kernels kernels_avx2;
 #endif
 extern const Kernels kernels_baseline;
 }  // namespace cpu
@@ -19,9 +22,11 @@ std::vector<const cpu::Kernels*> available() {
 #ifdef PK_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+#ifdef PK_X86_AVX512
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(&cpu::kernels_avx512);
+#endif
   if (avx2) found.push_back(&cpu::kernels_avx2);
 #endif
   found.push_back(&cpu::kernels_baseline);
