@@ -172,7 +172,7 @@ def test_elected_signs_are_equal(dtype, data, elect, isa):
 @pytest.mark.parametrize("numel", EDGES)
 @pytest.mark.parametrize("models", [1, 64])
 def test_elected_signs_at_every_edge(numel, models, isa):
-    models = min(models, (1 << 19) // numel)  # the largest by fewer: the reference takes its time
+    models = min(models, (1 << 19) // max(numel, 1))  # the largest by fewer: the reference takes its time
     base, tuned = make("ties", numel, models, DTYPES[numel % 3])
     deltas = [t - base for t in tuned]
     out = torch.zeros(numel, dtype=torch.int8)
