@@ -36,7 +36,7 @@ def lora_linear_grouped(
             rank and scaling of its own; without a magnitude.
         index: int64 tensor [*] on x's device, values from -1 to len(adapters) - 1. Not looked at by a graph
             that is being compiled, but by every run of it. On a GPU nobody waits for it: CUDA's kernels make
-            rows of other values NaN, and the call is made to be captured in a graph; ranks above 512 wait there.
+            rows of other values NaN, and a graph can capture the call, ranks above 512 apart.
         bias: tensor [out] of x's dtype, or None.
 
     Returns:
