@@ -18,6 +18,7 @@ struct {
   PyObject *forced = nullptr, *empty_like = nullptr, *written = nullptr, *threads = nullptr;
   PyObject *is_neg = nullptr, *requires_grad = nullptr;
   Watches watches;
+  Storages storages;
 } lent;
 
 constexpr int64_t kPages = 1 << 16;  // elements from which on a new result's pages are worth a thought
@@ -37,7 +38,7 @@ struct Rows {
     dtype = exchange::dtype_of(at);
     const int64_t count = exchange::contiguous_elements(at);
     if (at.device_type != exchange::kCpu || dtype < 0 || at.ndim < 1 || count < 1 || !at.data) return;
-    elements = count;
+    if (lent.storages.hold(object, exchange::data_of(at), exchange::bytes_of(at))) elements = count;
   }
 };
 
@@ -98,6 +99,7 @@ PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   lent.written = given[3];
   lent.threads = given[4];
   lent.watches.take(given[5]);
+  lent.storages.take();
   lent.is_neg = PyUnicode_InternFromString("is_neg");
   lent.requires_grad = PyUnicode_InternFromString("requires_grad");
   return PyBool_FromLong(lent.api != nullptr);

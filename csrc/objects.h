@@ -3,6 +3,8 @@
 #pragma once
 #include <Python.h>
 
+#include <cstdint>
+
 namespace pk {
 
 /// A reference that is given back.
@@ -51,6 +53,34 @@ class Watches {
 
  private:
   PyObject *modes_ = nullptr, *trace_ = nullptr;
+};
+
+/// Answers whether memory lies behind a tensor: its storage may have been freed or shrunk, and the protocol
+/// tells an address alone.
+class Storages {
+ public:
+  void take() {
+    storage_ = PyUnicode_InternFromString("untyped_storage");
+    start_ = PyUnicode_InternFromString("data_ptr");
+    size_ = PyUnicode_InternFromString("nbytes");
+  }
+  bool hold(PyObject* tensor, const char* begin, int64_t bytes) const {
+    const Held storage(PyObject_CallMethodNoArgs(tensor, storage_));
+    uint64_t start, size;
+    if (storage.object && ask(storage.object, start_, start) && ask(storage.object, size_, size))
+      return start && reinterpret_cast<uintptr_t>(begin) + uint64_t(bytes) <= start + size;
+    PyErr_Clear();
+    return false;
+  }
+
+ private:
+  static bool ask(PyObject* storage, PyObject* name, uint64_t& value) {
+    const Held answer(PyObject_CallMethodNoArgs(storage, name));
+    value = answer.object ? PyLong_AsUnsignedLongLong(answer.object) : 0;
+    return answer.object && !PyErr_Occurred();
+  }
+
+  PyObject *storage_ = nullptr, *start_ = nullptr, *size_ = nullptr;
 };
 
 using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);

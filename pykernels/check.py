@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pykernels import memory
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
@@ -58,6 +60,7 @@ def _plain(op: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
     if tensor.is_neg():
         raise ValueError(f"{op}: {name} must not be a negated view, call resolve_neg() first")
+    memory.examine(op, name, tensor, plain=True)
 
 
 def models(op: str, tuned: Sequence[torch.Tensor], name: str) -> None:
@@ -86,6 +89,9 @@ def tensors(
             or tensor.is_neg()
         ):
             same_kind(op, first, like, f"{name}[{i}]", tensor)  # finds the words
+    if type(like) not in memory.PLAIN or not memory.hold(tuned, like.nbytes):
+        for i, tensor in enumerate(tuned):
+            memory.examine(op, f"{name}[{i}]", tensor, plain=True)
     return like
 
 
@@ -142,6 +148,7 @@ def coefficient(op: str, name: str, value: torch.Tensor, like: torch.Tensor, mod
     if value.dim() and (models is None or value.shape != (models,)):
         rule = "[]" if models is None else f"[] or [{models}]"
         raise ValueError(f"{op}: {name} must have shape {rule}, got {list(value.shape)}")
+    memory.examine(op, name, value)
 
 
 def no_gradient(op: str, name: str, value: object) -> None:
@@ -204,6 +211,7 @@ def row_input(op: str, x: torch.Tensor, dtype: torch.dtype | None, *, integers: 
         raise NotImplementedError(f"{op}: x must be a dense tensor, got {x.layout}")
     if x.is_meta:
         raise ValueError(f"{op}: x must be a tensor with data, got one on {x.device}")
+    memory.examine(op, "x", x)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     if x.dtype in FLOAT_DTYPES:
@@ -256,6 +264,7 @@ def beside(
         )
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {first}'s device {like.device}, got {value.device}")
+    memory.examine(op, name, value)
     if shape is None:
         return
     short = len(shape) - value.dim()
@@ -292,6 +301,7 @@ def matrix(
         )
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on x's device {like.device}, got {value.device}")
+    memory.examine(op, name, value)
 
 
 def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> None:
@@ -306,6 +316,7 @@ def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) 
         raise ValueError(f"{op}: out must have x's shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"{op}: out must be on x's device {x.device}, got {out.device}")
+    memory.examine(op, "out", out, plain=True)
 
 
 def result_dtype(op: str, out_dtype: torch.dtype | None, like: torch.Tensor) -> torch.dtype:

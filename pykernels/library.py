@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from pykernels import check
+from pykernels import check, memory
 
 NAMESPACE = "pykernels"
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _SIGN = 1 << 63
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-_tracing: Callable[[], Any] = torch._C._get_tracing_state
 
 
 def define(
@@ -61,19 +58,14 @@ def differentiate(op: str, setup_context: Callable[..., None], backward: Callabl
     torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def watched() -> bool:
-    """Whether work is followed by its operators: by a mode of dispatch (fake tensors, make_fx), a transform
-    of torch.func, or a trace. What a kernel does to memory would escape them.
-    """
-    return bool(_modes()) or _transforms() is not None or _tracing() is not None
-
-
 def needed(*coefficients: object) -> bool:
-    """Whether a call must go by the operator: compiled, watched, or a coefficient asks for a gradient."""
-    if is_compiling() or watched():
+    """Whether a call must go by the operator: compiled, watched, or a tensor asks for a gradient or is of a
+    type with operators of its own.
+    """
+    if is_compiling() or memory.watched():
         return True
     for value in coefficients:
-        if check.is_tensor(value) and wants_gradient(value):
+        if check.is_tensor(value) and (wants_gradient(value) or memory.dispatches(value)):
             return True
     return False
 

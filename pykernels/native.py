@@ -23,7 +23,7 @@ from pykernels.rows import (
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 _WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state)
-"""What everyday calls ask in place of ``library.watched``: a transform's tensors have no memory to lend."""
+"""What everyday calls ask in place of ``memory.watched``: a transform's tensors have no memory to lend."""
 
 Tensors = Sequence[torch.Tensor]
 

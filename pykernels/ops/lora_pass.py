@@ -19,6 +19,7 @@ from pykernels.ops.lora import LoRA
 ALL = STEPS
 """The threshold of 16-bit draws at which dropout drops nothing."""
 OPERATOR = "lora_linear"
+GROUPED = "lora_linear_grouped"
 everyday, everyday_grouped = backends.everyday_layers(LoRA)
 """Compiled calls that check plain CPU tensors by themselves: None, with nothing done, for anything else."""
 
@@ -71,13 +72,18 @@ def keeping(op: str, dropout: float) -> int:
     return round((1.0 - p) * ALL)
 
 
-def examine_values(op: str, index: torch.Tensor, count: int) -> None:
-    """Every value of ``index`` must name an adapter, or be -1; on a GPU nobody waits to see."""
-    if not index.is_cpu:
-        return
+def examined(op: str, index: torch.Tensor, count: int) -> torch.Tensor:
+    """``index`` [M], of which every value must name an adapter, or be -1; on a GPU nobody waits to see.
+
+    On a CPU a copy, as other threads may write to the tensor between the look at it and its use.
+    """
+    if not index.is_cpu or not index.numel():
+        return index.reshape(-1).resolve_neg()
+    index = index.reshape(-1).clone()
     for value in torch.stack(index.aminmax()).tolist():
         if not -1 <= value < count:
             raise ValueError(f"{op}: index must lie in [-1, {count}), got {value}")
+    return index
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -118,8 +124,8 @@ def _run(
     threshold: int,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if index is not None and index.numel():
-        examine_values("lora_linear_grouped", index, len(lora_a))
+    if index is not None:
+        index = examined(GROUPED, index, len(lora_a))
     return forward(x, weight, _zip(lora_a, lora_b, scaling), index, bias, threshold, _key(seed))
 
 
@@ -174,6 +180,8 @@ def _run_backward(
     found = _fake_backward(grad, h, x, weight, lora_a, lora_b, scaling, index, threshold, seed, wants)
     by_x, by_weight, *low = [f if want else None for f, want in zip(found, wants, strict=True)]
     by_a, by_b = low[: len(lora_a)], low[len(lora_a) :]
+    if index is not None:
+        index = examined(GROUPED, index, len(lora_a))
     rows = None if by_x is None else by_x.view(-1, x.shape[-1]) if by_x.numel() else None
     g, back = _rows(grad), backends.call("lora_linear_backward", x)
     adapters = _zip(lora_a, lora_b, scaling)
