@@ -37,22 +37,27 @@ inline bool holds_none(PyObject* variable) {
 }
 
 /// Answers whether somebody follows the calls of operators, which what a kernel does would escape. Made of
-/// two functions: how many modes of dispatch there are, and which trace.
+/// two functions: how many modes of dispatch there are, and which trace; and of the module that knows the
+/// level of forward differentiation.
 class Watches {
  public:
-  void take(PyObject* two) {
-    modes_ = PyTuple_GetItem(two, 0);
-    trace_ = PyTuple_GetItem(two, 1);
+  void take(PyObject* three) {
+    modes_ = PyTuple_GetItem(three, 0);
+    trace_ = PyTuple_GetItem(three, 1);
+    forward_ = PyTuple_GetItem(three, 2);
+    level_ = PyUnicode_InternFromString("_current_level");
   }
   bool none() const {
     const Held modes(PyObject_CallNoArgs(modes_)), trace(PyObject_CallNoArgs(trace_));
-    const bool none = modes.object && PyLong_AsLong(modes.object) == 0 && trace.object == Py_None;
+    const Held level(PyObject_GetAttr(forward_, level_));
+    const bool none = modes.object && PyLong_AsLong(modes.object) == 0 && trace.object == Py_None &&
+                      level.object && PyLong_AsLong(level.object) < 0;
     if (!none) PyErr_Clear();
     return none;
   }
 
  private:
-  PyObject *modes_ = nullptr, *trace_ = nullptr;
+  PyObject *modes_ = nullptr, *trace_ = nullptr, *forward_ = nullptr, *level_ = nullptr;
 };
 
 /// Answers whether memory lies behind a tensor: its storage may have been freed or shrunk, and the protocol

@@ -144,4 +144,3 @@ def fits(x: torch.Tensor, weight: torch.Tensor, *low: torch.Tensor) -> bool:
         a.dim() == b.dim() == 2 and a.shape[1] == k and b.shape == (n, a.shape[0]) and a.shape[0] > 0
         for a, b in zip(low[::2], low[1::2], strict=True)
     )
-

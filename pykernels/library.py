@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from pykernels import check, memory
@@ -18,6 +20,8 @@ from pykernels import check, memory
 NAMESPACE = "pykernels"
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _SIGN = 1 << 63
+_differentiable: set[str] = set()
+"""Operators that see to tangents by themselves."""
 
 
 def define(
@@ -53,9 +57,65 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake_fill, lib=_LIBRARY)
 
 
-def differentiate(op: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Give ``op`` a gradient; the arguments are those of ``torch.library.register_autograd``."""
-    torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+def differentiate(
+    op: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    tangent: Callable[..., torch.Tensor] | None = None,
+) -> None:
+    """Give ``op`` a gradient, by functions as ``torch.library.register_autograd`` takes them.
+
+    ``tangent`` (result, primals, tangents) gives the forward derivative, the arguments being those of the
+    schema and a tangent None where there is none; without it a tangent is refused, as torch would drop it.
+    """
+    overload = getattr(torch.ops.pykernels, op).default
+    reverse = make_autograd_impl(overload, Info(backward, setup_context))
+
+    def kernel(keys: Any, *positional: Any, **named: Any) -> Any:
+        if not duals(positional):
+            return reverse(keys, *positional, **named)
+        if tangent is None:
+            no_tangent(op, positional)
+        primals = [_part(value, 0) for value in positional]
+        result = reverse(keys, *primals, **named)
+        whole, *rest = result if isinstance(result, tuple) else (result,)
+        along = tangent(whole, primals, [_part(value, 1) for value in positional], **named)
+        whole = forward_ad.make_dual(whole, along)
+        return (whole, *rest) if rest else whole
+
+    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+    _differentiable.add(op)
+
+
+def duals(values: Sequence[Any]) -> bool:
+    """Whether a tensor among some arguments carries a tangent."""
+    return memory.duals() and any(
+        isinstance(v, torch.Tensor) and _part(v, 1) is not None
+        for value in values
+        for v in (value if isinstance(value, list | tuple) else (value,))
+    )
+
+
+def no_tangent(op: str, values: Sequence[Any]) -> None:
+    """Refuse tangents that would be dropped without a word."""
+    if duals(values):
+        refuse_tangent(op)
+
+
+def refuse_tangent(op: str) -> None:
+    """Say that there is no forward derivative."""
+    raise NotImplementedError(
+        f"{op}: no forward derivative is defined here, and an argument carries a tangent: detach it"
+    )
+
+
+def _part(value: Any, which: int) -> Any:
+    """The primal (0) or the tangent (1) of a tensor, or of each of several; a number has no tangent."""
+    if isinstance(value, torch.Tensor):
+        return forward_ad.unpack_dual(value)[which]
+    if isinstance(value, list | tuple):
+        return [_part(v, which) for v in value]
+    return None if which else value
 
 
 def needed(*coefficients: object) -> bool:
@@ -78,6 +138,8 @@ def wants_gradient(value: object) -> bool:
 def call(op: str, out: torch.Tensor | None, *positional: Any, **named: Any) -> torch.Tensor:
     """Run ``op`` through the dispatcher; the result is ``out`` where given."""
     overloads = getattr(torch.ops.pykernels, op)
+    if not is_compiling() and (out is not None or op not in _differentiable):
+        no_tangent(op, [out, *positional])
     if out is None:
         result: torch.Tensor = overloads.default(*positional, **named)
         return result
@@ -106,6 +168,7 @@ def inputs(
         check.models(op, tuned, name)
     else:
         check.tensors(op, base, tuned, name)
+        no_tangent(op, [base, *tuned])
     return None if base is None else constant(base), [constant(t) for t in tuned]
 
 

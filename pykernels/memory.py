@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -22,9 +23,14 @@ _tracing: Callable[[], Any] = torch._C._get_tracing_state
 
 def watched() -> bool:
     """Whether work is followed by its operators: by a mode of dispatch (fake tensors, make_fx), a transform
-    of torch.func, or a trace. What a kernel does to memory would escape them.
+    of torch.func, a trace, or forward differentiation. What a kernel does to memory would escape them.
     """
-    return bool(_modes()) or _transforms() is not None or _tracing() is not None
+    return bool(_modes()) or _transforms() is not None or _tracing() is not None or duals()
+
+
+def duals() -> bool:
+    """Whether tensors may carry tangents now."""
+    return forward_ad._current_level >= 0
 
 
 def dispatches(tensor: torch.Tensor) -> bool:

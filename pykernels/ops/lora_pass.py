@@ -164,6 +164,28 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
     return picked[0], picked[1], by_a, by_b, None, None, by_bias, None, None
 
 
+def _tangent(y: torch.Tensor, primals: Any, tangents: Any) -> torch.Tensor:
+    """Layers of tangents: the result is linear in x, in (weight, A, bias) and in B. Dropout keeps its mask."""
+    x, weight, lora_a, lora_b, scaling, index, bias, threshold, seed = primals
+    by_x, by_weight, by_a, by_b, _, _, by_bias, *_ = tangents
+    rest = (threshold, seed)
+    found = torch.zeros_like(y)
+    if by_x is not None:
+        found = found + operator(by_x, weight, lora_a, lora_b, scaling, index, None, *rest)
+    if any(t is not None for t in (by_weight, by_bias, *by_a)):
+        by_weight, *by_a = _filled([by_weight, *by_a], [weight, *lora_a])
+        found = found + operator(x, by_weight, by_a, lora_b, scaling, index, by_bias, *rest)
+    if any(t is not None for t in by_b):
+        by_b = _filled(by_b, lora_b)
+        found = found + operator(x, torch.zeros_like(weight), lora_a, by_b, scaling, index, None, *rest)
+    return found
+
+
+def _filled(given: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Zeros where there is no tangent."""
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(given, like, strict=True)]
+
+
 def _run_backward(
     grad: torch.Tensor,
     h: torch.Tensor,
@@ -215,7 +237,7 @@ _SCHEMA = (
     "{}int threshold, Tensor? seed"
 )
 library.define(OPERATOR, _SCHEMA.format("Tensor? bias, "), _run, _fake, out=False, returns="(Tensor, Tensor)")
-library.differentiate(OPERATOR, _setup_context, _backward)
+library.differentiate(OPERATOR, _setup_context, _backward, _tangent)
 library.define(
     "lora_linear_backward",
     f"Tensor grad, Tensor h, {_SCHEMA.format('')}, bool[] wants",
