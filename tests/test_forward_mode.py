@@ -26,7 +26,8 @@ RULES = {
     "softmax": (pk.softmax, (X,)),
     "softmax dim": (lambda x: pk.softmax(x, 0), (X,)),
     "softmax options": (
-        lambda x, m, s: pk.softmax(x, temperature=0.7, softcap=2.0, mask=m, sink=s, safe=True), (X, MASK, SINK)
+        lambda x, m, s: pk.softmax(x, temperature=0.7, softcap=2.0, mask=m, sink=s, safe=True),
+        (X, MASK, SINK),
     ),
     "softmax bool mask": (lambda x: pk.softmax(x, mask=KEEP), (X,)),
     "softmax mask alone": (lambda m: pk.softmax(X, mask=m), (MASK,)),
@@ -34,14 +35,17 @@ RULES = {
     "log_softmax options": (lambda x, m: pk.log_softmax(x, temperature=2.0, softcap=3.0, mask=m), (X, MASK)),
     "logsumexp": (lambda x: pk.logsumexp(x, temperature=0.5), (X,)),
     "logsumexp dims": (lambda x: pk.logsumexp(x[None], (0, 2), keepdim=True), (X,)),
-    "lora_linear": (lambda x, w, a, b, c: pk.lora_linear(x, w, a, b, scaling=0.5, bias=c), (X, W, A, B, BIAS)),
+    "lora_linear": (
+        lambda x, w, a, b, c: pk.lora_linear(x, w, a, b, scaling=0.5, bias=c), (X, W, A, B, BIAS)
+    ),
     "lora_linear dropout": (
         lambda x, a, b: pk.lora_linear(x, W, a, b, scaling=0.5, dropout=0.5, seed=3), (X, A, B)
     ),
     "lora_linear bias": (lambda c: pk.lora_linear(X, W, A, B, scaling=0.5, bias=c), (BIAS,)),
     "lora_linear_grouped": (grouped, (X, W, A, B, A3, B3)),
-    "merge_lora": (lambda w, a, b: pk.merge_lora(w, [pk.LoRA(a, b, 0.5), pk.LoRA(A3, b @ b[:2, :2], 2.0)][:1]),
-                   (W, A, B)),
+    "merge_lora": (
+        lambda w, a, b, b3: pk.merge_lora(w, [pk.LoRA(a, b, 0.5), pk.LoRA(A3, b3, 2.0)]), (W, A, B, B3)
+    ),
     "merge_lora turned": (
         lambda b: pk.merge_lora(W.t().contiguous(), [pk.LoRA(A, b, 0.5)], fan_in_fan_out=True), (B,)
     ),

@@ -143,7 +143,7 @@ def test_a_type_with_operators_of_its_own(name):
 )
 def test_where_no_operator_takes_it(name, form):
     """A fake tensor outside its mode is such a type too."""
-    with pytest.raises(TypeError, match="must be a plain tensor, got (Wrapper|FakeTensor), which has"):
+    with pytest.raises(TypeError, match=r"must be a plain tensor, got (Wrapper|FakeTensor), which has"):
         CALLS[name](form)
 
 
@@ -157,12 +157,12 @@ def test_fakes_and_zeros_without_memory():
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda: pk.softmax(torch.nested.nested_tensor([X])), "softmax: x must be a dense tensor, got a nested"),
-        (lambda: pk.trim(torch.nested.nested_tensor([X]), 0.5), "trim: delta must be a dense tensor with data"),
-        (lambda: pk.ties_merge(W, [W, W.to_sparse_csr()], density=0.5), r"ties_merge: tuned\[1\] must be a dense"),
-        (lambda: pk.ties_merge(W, [W], density=0.5, lambda_=ROW[0].to_sparse()), "ties_merge: lambda_ must be a"),
-        (lambda: pk.dora_norm(W.to(torch.complex64), A, B, 1.0), "dora_norm: weight must be float32, bfloat16"),
-        (lambda: pk.dora_norm(W.int(), A, B, 1.0), "dora_norm: weight must be float32, bfloat16"),
+        (lambda: pk.softmax(torch.nested.nested_tensor([X])), "softmax: x must be a dense tensor"),
+        (lambda: pk.trim(torch.nested.nested_tensor([X]), 0.5), "trim: delta must be a dense tensor"),
+        (lambda: pk.ties_merge(W, [W, W.to_sparse_csr()], density=0.5), r"ties_merge: tuned\[1\] must be"),
+        (lambda: pk.ties_merge(W, [W], density=0.5, lambda_=ROW[0].to_sparse()), "ties_merge: lambda_ must"),
+        (lambda: pk.dora_norm(W.to(torch.complex64), A, B, 1.0), "dora_norm: weight must be float32"),
+        (lambda: pk.dora_norm(W.int(), A, B, 1.0), "dora_norm: weight must be float32"),
     ],
 )  # fmt: skip
 def test_other_kinds_of_tensors(call, error):

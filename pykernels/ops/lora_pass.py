@@ -165,8 +165,8 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
 
 
 def _tangent(y: torch.Tensor, primals: Any, tangents: Any) -> torch.Tensor:
-    """Layers of tangents: the result is linear in x, in (weight, A, bias) and in B. Dropout keeps its mask."""
-    x, weight, lora_a, lora_b, scaling, index, bias, threshold, seed = primals
+    """Layers of tangents: linear in x, in (weight, A, bias) together, and in B. Dropout keeps its mask."""
+    x, weight, lora_a, lora_b, scaling, index, _, threshold, seed = primals
     by_x, by_weight, by_a, by_b, _, _, by_bias, *_ = tangents
     rest = (threshold, seed)
     found = torch.zeros_like(y)

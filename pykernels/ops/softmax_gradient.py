@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pykernels import backends, library
-from pykernels.ops.logsumexp import logsumexp
+from pykernels.ops.logsumexp import OP as LOGSUMEXP
 from pykernels.ops.softmax_pass import Options, rows_of, working
 
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -76,7 +76,7 @@ def _by_sink(
 def _chance(z: torch.Tensor, sink: torch.Tensor, dim: int) -> torch.Tensor:
     """The sink's own probability."""
     b = sink.to(z.dtype)
-    chance = (b - logsumexp(z, dim, keepdim=True)).sigmoid()
+    chance = (b - library.call(LOGSUMEXP, None, z, [dim], True, 1.0)).sigmoid()
     return chance.masked_fill(b == -math.inf, 0)
 
 
@@ -105,9 +105,9 @@ def tangent(
     p = y.to(wide)
     if op == "log_softmax":
         dy = dz - (p.exp() * dz).sum(dim, keepdim=True)
-        return (dy.masked_fill((y == -math.inf).all(dim, keepdim=True), 0) if options.safe else dy).to(
-            y.dtype
-        )
+        if options.safe:
+            dy = dy.masked_fill((y == -math.inf).all(dim, keepdim=True), 0)
+        return dy.to(y.dtype)
     total = (p * dz).sum(dim, keepdim=True)
     if options.sink is not None and by_sink is not None:
         z = _logits(x.to(y.dtype).to(wide), options.mask, options)
