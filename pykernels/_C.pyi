@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 
@@ -206,7 +207,7 @@ def lend_tensors(
     empty_like: Callable[..., torch.Tensor],
     written: Callable[..., None],
     threads: Callable[[], int],
-    watches: tuple[Callable[[], int], Callable[[], object]],
+    watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
 ) -> bool: ...
 def softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
 def log_softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
@@ -219,7 +220,7 @@ def lend_layers(
     threads: Callable[[], int],
     float_rows: int,
     float_weight: int,
-    watches: tuple[Callable[[], int], Callable[[], object]],
+    watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
 ) -> bool: ...
 def lora_layer(
     x: object, weight: object, lora_A: object, lora_B: object, scaling: object, bias: object

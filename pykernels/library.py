@@ -8,7 +8,7 @@ rules. An eager call without a gradient never comes here: the dispatcher costs m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._library.autograd import Info, make_autograd_impl
@@ -75,12 +75,12 @@ def differentiate(
         if not duals(positional):
             return reverse(keys, *positional, **named)
         if tangent is None:
-            no_tangent(op, positional)
+            refuse_tangent(op)
         primals = [_part(value, 0) for value in positional]
         result = reverse(keys, *primals, **named)
         whole, *rest = result if isinstance(result, tuple) else (result,)
         along = tangent(whole, primals, [_part(value, 1) for value in positional], **named)
-        whole = forward_ad.make_dual(whole, along)
+        whole = forward_ad.make_dual(whole, along)  # type: ignore[no-untyped-call]
         return (whole, *rest) if rest else whole
 
     _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
@@ -102,7 +102,7 @@ def no_tangent(op: str, values: Sequence[Any]) -> None:
         refuse_tangent(op)
 
 
-def refuse_tangent(op: str) -> None:
+def refuse_tangent(op: str) -> NoReturn:
     """Say that there is no forward derivative."""
     raise NotImplementedError(
         f"{op}: no forward derivative is defined here, and an argument carries a tangent: detach it"
@@ -112,7 +112,7 @@ def refuse_tangent(op: str) -> None:
 def _part(value: Any, which: int) -> Any:
     """The primal (0) or the tangent (1) of a tensor, or of each of several; a number has no tangent."""
     if isinstance(value, torch.Tensor):
-        return forward_ad.unpack_dual(value)[which]
+        return forward_ad.unpack_dual(value)[which]  # type: ignore[no-untyped-call]
     if isinstance(value, list | tuple):
         return [_part(v, which) for v in value]
     return None if which else value

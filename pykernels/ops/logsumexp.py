@@ -116,7 +116,8 @@ def _tangent(y: torch.Tensor, primals: Any, tangents: Any) -> torch.Tensor:
     dims = check.dimensions(OP, dim, x.dim())
     one = torch.ones(_result_shape(x, dims, True), dtype=working(x.dtype), device=x.device)
     p = torch.ops.pykernels.logsumexp_backward(one, x.to(one.dtype), dims, temperature)
-    return (p * tangents[0].to(one.dtype)).sum(dims, keepdim=keepdim).to(y.dtype)
+    found: torch.Tensor = (p * tangents[0].to(one.dtype)).sum(dims, keepdim=keepdim).to(y.dtype)
+    return found
 
 
 def _run_backward(grad: torch.Tensor, x: torch.Tensor, dims: list[int], temperature: float) -> torch.Tensor:
