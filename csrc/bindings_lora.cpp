@@ -18,7 +18,8 @@ struct {
   const exchange::Api* api = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr, *adapter = nullptr;
   PyObject *forced = nullptr, *recording = nullptr, *threads = nullptr;
-  PyObject *is_neg = nullptr, *requires_grad = nullptr, *new_empty = nullptr;
+  PyObject *requires_grad = nullptr, *new_empty = nullptr;
+  Method is_neg;
   int64_t float_rows = 0, float_weight = 0;
   Watches watches;
   Storages storages;
@@ -41,8 +42,8 @@ struct Operand {
     }
     if (at.device_type != exchange::kCpu || !at.data || at.ndim < 1) return;
     if (recording && !says_no(PyObject_GetAttr(object, lent.requires_grad))) return;
-    if (!lent.storages.hold(object, exchange::data_of(at), exchange::bytes_of(at))) return;
-    taken = says_no(PyObject_CallMethodNoArgs(object, lent.is_neg));
+    if (!lent.storages.hold(object, exchange::bytes_of(at), at.bits / 8)) return;
+    taken = says_no(lent.is_neg.of(object));
   }
   int dtype() const { return taken ? exchange::dtype_of(at) : -1; }
   bool is(int64_t rows, int64_t columns) const {
@@ -222,8 +223,8 @@ PyObject* lend_layers(PyObject* const* given) {
   lent.float_rows = PyLong_AsLongLong(given[6]);
   lent.float_weight = PyLong_AsLongLong(given[7]);
   lent.watches.take(given[8]);
-  lent.storages.take();
-  lent.is_neg = PyUnicode_InternFromString("is_neg");
+  lent.storages.take(given[0]);
+  lent.is_neg.take(given[0], "is_neg");
   lent.requires_grad = PyUnicode_InternFromString("requires_grad");
   lent.new_empty = PyUnicode_InternFromString("new_empty");
   return PyBool_FromLong(lent.api != nullptr);

@@ -60,32 +60,38 @@ class Watches {
   PyObject *modes_ = nullptr, *trace_ = nullptr, *forward_ = nullptr, *level_ = nullptr;
 };
 
+/// A method of a type without arguments, looked up once.
+class Method {
+ public:
+  void take(PyObject* type, const char* name) { function_ = PyObject_GetAttrString(type, name); }
+  PyObject* of(PyObject* object) const {
+    return function_ ? PyObject_Vectorcall(function_, &object, 1, nullptr) : nullptr;
+  }
+
+ private:
+  PyObject* function_ = nullptr;
+};
+
 /// Answers whether memory lies behind a tensor: its storage may have been freed or shrunk, and the protocol
 /// tells an address alone.
 class Storages {
  public:
-  void take() {
-    storage_ = PyUnicode_InternFromString("untyped_storage");
-    start_ = PyUnicode_InternFromString("data_ptr");
-    size_ = PyUnicode_InternFromString("nbytes");
+  void take(PyObject* type) {
+    storage_.take(type, "untyped_storage");
+    offset_.take(type, "storage_offset");
   }
-  bool hold(PyObject* tensor, const char* begin, int64_t bytes) const {
-    const Held storage(PyObject_CallMethodNoArgs(tensor, storage_));
-    uint64_t start, size;
-    if (storage.object && ask(storage.object, start_, start) && ask(storage.object, size_, size))
-      return start && reinterpret_cast<uintptr_t>(begin) + uint64_t(bytes) <= start + size;
+  /// `bytes` from the first element of the tensor on, which are `size` each.
+  bool hold(PyObject* tensor, int64_t bytes, int size) const {
+    const Held storage(storage_.of(tensor)), offset(offset_.of(tensor));
+    const Py_ssize_t whole = storage.object ? PyObject_Size(storage.object) : -1;
+    const int64_t start = offset.object ? PyLong_AsLongLong(offset.object) : -1;
+    if (whole >= 0 && start >= 0) return start * size + bytes <= whole;
     PyErr_Clear();
     return false;
   }
 
  private:
-  static bool ask(PyObject* storage, PyObject* name, uint64_t& value) {
-    const Held answer(PyObject_CallMethodNoArgs(storage, name));
-    value = answer.object ? PyLong_AsUnsignedLongLong(answer.object) : 0;
-    return answer.object && !PyErr_Occurred();
-  }
-
-  PyObject *storage_ = nullptr, *start_ = nullptr, *size_ = nullptr;
+  Method storage_, offset_;
 };
 
 using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);

@@ -1,6 +1,6 @@
 """Types of the compiled module: addresses, sizes and codes; see csrc/bindings*.cpp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -209,6 +209,8 @@ def lend_tensors(
     threads: Callable[[], int],
     watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
 ) -> bool: ...
+def know_tensors(kind: type[torch.Tensor], parameter: type[torch.Tensor]) -> bool: ...
+def have_memory(tensors: Sequence[torch.Tensor]) -> bool: ...
 def softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
 def log_softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
 def lend_layers(

@@ -98,7 +98,7 @@ def tensors(
         for i, tensor in enumerate(tuned):
             dense(op, f"{name}[{i}]", tensor)
         raise
-    if type(like) not in memory.PLAIN or not memory.hold(tuned, like.nbytes):
+    if not memory.hold(tuned):
         for i, tensor in enumerate(tuned):
             memory.examine(op, f"{name}[{i}]", tensor, plain=True)
     return like

@@ -137,10 +137,14 @@ def fits(x: torch.Tensor, weight: torch.Tensor, *low: torch.Tensor) -> bool:
     for t in (x, weight, *low):
         if type(t) not in memory.PLAIN or t.dtype is not dtype or not t.is_cpu:
             return False
-        if t.layout is not torch.strided or not memory.hold([t], memory.span(t)):
+        if t.layout is not torch.strided:
             return False
     n, k = weight.shape if weight.dim() == 2 else (-1, -1)
-    return x.shape[-1] == k and all(
-        a.dim() == b.dim() == 2 and a.shape[1] == k and b.shape == (n, a.shape[0]) and a.shape[0] > 0
-        for a, b in zip(low[::2], low[1::2], strict=True)
+    return (
+        memory.hold((x, weight, *low))
+        and x.shape[-1] == k
+        and all(
+            a.dim() == b.dim() == 2 and a.shape[1] == k and b.shape == (n, a.shape[0]) and a.shape[0] > 0
+            for a, b in zip(low[::2], low[1::2], strict=True)
+        )
     )
