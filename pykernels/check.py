@@ -52,12 +52,14 @@ def one_tensor(op: str, name: str, tensor: torch.Tensor) -> None:
 
 def _plain(op: str, name: str, tensor: torch.Tensor) -> None:
     """Memory must hold the values themselves, one after another."""
-    dense(op, name, tensor)
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        dense(op, name, tensor)  # finds the words
     if not tensor.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
     if tensor.is_neg():
         raise ValueError(f"{op}: {name} must not be a negated view, call resolve_neg() first")
-    memory.examine(op, name, tensor, plain=True)
+    if not memory.hold((tensor,)):
+        memory.examine(op, name, tensor, plain=True)
 
 
 def dense(op: str, name: str, tensor: torch.Tensor) -> None:
