@@ -21,7 +21,6 @@ using cpu::Matrix;
 constexpr int64_t kDotsWidth = 64;   // columns of a product of few rows that a thread takes at a time
 constexpr int64_t kShrinkRows = 96;  // rows of a skinny product that a thread takes at the most
 constexpr int64_t kShrinkTile = 12;  // and a number that kernels like
-constexpr int64_t kFirst = 2;        // columns that a dot product cannot ask for itself
 constexpr int64_t kShrinkDots = 8;   // columns of it, where they are dot products of few rows
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -93,6 +92,7 @@ std::vector<ShrinkBlock> blocks_of(const std::vector<Shrink>& parts, int threads
 }
 
 /// A skinny product in blocks. Threads take them when they come by: nobody waits for a product as a whole.
+/// One who has taken a block must run it soon, as all wait for it in the end.
 class Skinny {
  public:
   Skinny(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
@@ -110,6 +110,21 @@ class Skinny {
 
   int64_t count() const { return int64_t(blocks_.size()); }
 
+  /// Whether there is a block left, which is `c` then.
+  bool take(int64_t& c) {
+    if (next_.load(std::memory_order_relaxed) >= count()) return false;
+    return (c = next_.fetch_add(1, std::memory_order_relaxed)) < count();
+  }
+  /// The part of the factor that a block reads.
+  cpu::Ahead needs(int64_t c) const {
+    const ShrinkBlock& b = blocks_[size_t(c)];
+    return ahead(b.part->factor, 0, k_, b.n0, b.n1);
+  }
+  void do_taken(int64_t c, int slot) {
+    run(c, slot);
+    done_.fetch_add(1, std::memory_order_release);
+  }
+
   /// Must not throw: other threads wait for what one has taken.
   void run(int64_t c, int slot) const noexcept {
     const ShrinkBlock& b = blocks_[size_t(c)];
@@ -118,7 +133,6 @@ class Skinny {
     float *sums = rooms_.of(slot), *panels = sums + kTile, *wide = panels + kGemmDepth * kGemmWidth;
     if (!k_) memset(sums, 0, size_t(kTile) * sizeof(float));
     if (b.dots && k_) {
-      ask_first(c + threads_);
       widen_whole(a_, factor, rows_, b.begin, b.end, k_, if_any(dropout_), stride_, wide);
       kernels().gemm_dots(factor, b.n0, b.n1, wide, count, stride_, k_, sums);
     }
@@ -133,23 +147,12 @@ class Skinny {
 
   /// Takes blocks until there are none, and waits for those that other threads took.
   void finish(int slot) {
-    if (done_.load(std::memory_order_acquire) == count()) return;
-    for (int64_t c; (c = next_.fetch_add(1, std::memory_order_relaxed)) < count();) {
-      run(c, slot);
-      done_.fetch_add(1, std::memory_order_release);
-    }
+    for (int64_t c; take(c);) do_taken(c, slot);
     while (done_.load(std::memory_order_acquire) < count()) std::this_thread::yield();
   }
 
  private:
   static constexpr int64_t kTile = kShrinkRows * kGemmWidth;
-
-  /// Asks for the columns that a thread will read first in a later block, which nothing announces.
-  void ask_first(int64_t c) const {
-    if (c >= count() || !blocks_[size_t(c)].dots) return;
-    const ShrinkBlock& b = blocks_[size_t(c)];
-    fetch(ahead(b.part->factor, 0, k_, b.n0, std::min(b.n1, b.n0 + kFirst)));
-  }
 
   const cpu::GemmOut out_;
   const Matrix a_;
@@ -191,7 +194,7 @@ class RowsOfProduct {
       float* sums = rooms.of(slot);
       float* panels = sums + tile;
       const int64_t n0 = c * width_, n1 = std::min(job_.n, n0 + width_);
-      frozen(n0, n1, sums, panels);
+      frozen(n0, n1, sums, panels, slot);
       if (low_) low_->finish(slot);
       adapted(n0, n1, sums, panels, panels + kGemmDepth * kGemmWidth);
     });
@@ -235,22 +238,28 @@ class RowsOfProduct {
     }
   }
 
-  void frozen(int64_t n0, int64_t n1, float* sums, float* panels) const {
+  void frozen(int64_t n0, int64_t n1, float* sums, float* panels, int slot) const {
     if (!blocks_) memset(sums, 0, size_t(count_ * kGemmWidth) * sizeof(float));
     std::vector<cpu::Ahead> asked;
+    asked.reserve(job_.extensions.size() + 2);  // nothing throws below
     if (dots_ && blocks_) {
       announce(0, 1, n0, n1, asked);
       for (const cpu::Ahead& a : asked) fetch(a);
       kernels().gemm_dots(job_.b, n0, n1, wide(), count_, stride_, job_.k, sums);
     }
+    const int64_t early = blocks_ / 2;  // what extensions read would be gone from the caches by their time
     for (int64_t block = 0; block < blocks_ && !dots_; block++) {
       const int64_t k = block * kGemmDepth;
+      int64_t beside;  // a block of the skinny product, whose factor comes while this one computes
+      const bool takes = low_ && low_->take(beside);
       asked.clear();
       next(block, n0, n1, asked);
-      announce(block, blocks_, n0, n1, asked);
+      if (takes) add(low_->needs(beside), asked);
+      if (block >= early) announce(block - early, blocks_ - early, n0, n1, asked);
       kernels().gemm_pack(job_.b, nullptr, k, k + depth(block), n0, n1, 1, nullptr, panels);
       kernels().gemm_multiply(wide() + block * count_ * kGemmDepth, count_, panels, n1 - n0, depth(block),
                               sums, block > 0, asked.data(), int64_t(asked.size()));
+      if (takes) low_->do_taken(beside, slot);
     }
   }
 
