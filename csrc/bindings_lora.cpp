@@ -20,7 +20,7 @@ struct {
   PyObject *forced = nullptr, *recording = nullptr, *threads = nullptr;
   PyObject *requires_grad = nullptr, *new_empty = nullptr;
   Method is_neg;
-  int64_t float_rows = 0, float_weight = 0;
+  int64_t float_rows = 0;
   Watches watches;
   Storages storages;
 } lent;
@@ -90,10 +90,7 @@ struct Call {
   }
 
   /// Whether a float32 product is ours: the rule of lora_linear_cpu.py.
-  bool few_rows() const {
-    if (job.weight.col != 1 && job.k > 1) return false;
-    return job.m <= lent.float_rows && (job.m > 1 || job.n * job.k < lent.float_weight);
-  }
+  bool few_rows() const { return (job.weight.col == 1 || job.k == 1) && job.m <= lent.float_rows; }
 
   bool add(PyObject* a_object, PyObject* b_object, PyObject* scaling) {
     if (!PyFloat_CheckExact(scaling)) return false;
@@ -209,10 +206,10 @@ PyObject* layers(PyObject* const* given) {
   return call.run(given[0]);
 }
 
-/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, float_weight, watches):
+/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, watches):
 /// whether calls will be taken.
 PyObject* lend_layers(PyObject* const* given) {
-  for (int i = 0; i < 9; i++) Py_INCREF(given[i]);
+  for (int i = 0; i < 8; i++) Py_INCREF(given[i]);
   lent.api = exchange::of_type(given[0]);
   lent.tensor = reinterpret_cast<PyTypeObject*>(given[0]);
   lent.parameter = reinterpret_cast<PyTypeObject*>(given[1]);
@@ -221,8 +218,7 @@ PyObject* lend_layers(PyObject* const* given) {
   lent.recording = given[4];
   lent.threads = given[5];
   lent.float_rows = PyLong_AsLongLong(given[6]);
-  lent.float_weight = PyLong_AsLongLong(given[7]);
-  lent.watches.take(given[8]);
+  lent.watches.take(given[7]);
   lent.storages.take(given[0]);
   lent.is_neg.take(given[0], "is_neg");
   lent.requires_grad = PyUnicode_InternFromString("requires_grad");
@@ -240,7 +236,7 @@ PyObject* counted(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
 }
 
-PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 9>), METH_FASTCALL, nullptr},
+PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 8>), METH_FASTCALL, nullptr},
                          {"lora_layer", as_method(counted<layer, 6>), METH_FASTCALL, nullptr},
                          {"lora_layers", as_method(counted<layers, 5>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

@@ -217,7 +217,6 @@ def lend_layers(
     recording: Callable[[], bool],
     threads: Callable[[], int],
     float_rows: int,
-    float_weight: int,
     watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
 ) -> bool: ...
 def lora_layer(
