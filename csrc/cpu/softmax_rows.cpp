@@ -11,9 +11,9 @@ namespace {
 /// y = (z - high) - rest.
 template <class T, class O>
 PK_IN void log_row(const T* z, O* out, int64_t n, const Answer& by, bool stream) {
-  const F high = F::of(by.high), rest = F::of(by.rest);
+  const Stripe high = Stripe::of(by.high), rest = Stripe::of(by.rest);
   each_stripe(z, n, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-    put_some<T>(out + i, each(s, [=](F x) PK_ALWAYS { return (x - high) - rest; }), count, stream);
+    put_some<T>(out + i, (s - high) - rest, count, stream);
   });
 }
 
