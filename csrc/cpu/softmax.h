@@ -157,12 +157,12 @@ PK_IN void fetch(const void* p, int64_t bytes) {
 
 /// The pass over a block whose exponent is known: its w to `to`, in the order of T's load, and their lanes
 /// back. Floats are written as many as there are; what stands for 16 bits fills whole stripes. What lies
-/// `ahead` bytes behind each element is fetched.
+/// `ahead` bytes behind each element is fetched, unless that is 0.
 template <class T, int degree, bool keep>
 PK_IN Stripe exponentials_of_block(const T* x, float* to, int64_t n, Reference at, int64_t ahead) {
   const Stripe magic = Stripe::of(at.magic), low = Stripe::of(at.low);
   return sum_of_block(x, n, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-    fetch(reinterpret_cast<const char*>(x + i) + ahead, kStripe * int64_t(sizeof(T)));
+    if (ahead) fetch(reinterpret_cast<const char*>(x + i) + ahead, kStripe * int64_t(sizeof(T)));
     const Stripe w = lifted_exp<degree>(s, magic, low);
     if (keep) put_some<float>(to + i, w, sizeof(T) == 4 ? count : kStripe);
     return w;

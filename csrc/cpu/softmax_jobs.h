@@ -91,6 +91,7 @@ constexpr int64_t kColumnFloats = 262144;  // of that scratch: past the second-l
                                            // of strided rows cost more than the third
 constexpr int64_t kStreamed = 1 << 23;     // floats of a row whose result no cache would keep: past it
 constexpr int64_t kAhead = 4096;           // bytes that long rows are fetched ahead
+constexpr int64_t kNear = 131072;          // bytes of rows that the second cache holds: they need no fetching
 constexpr int64_t kRowBatch = 32768;       // elements of short rows that a thread takes at a time
 constexpr int64_t kSlack = 256;            // floats behind a scratch row that kernels may write
 

@@ -54,6 +54,13 @@ PK_IN float* place_of(const Softmax& job, int64_t row, float* scratch) {
   return reinterpret_cast<float*>(result_of<O>(job, row));
 }
 
+/// How far ahead the rows' elements, of T, are fetched: no less than what goes together.
+template <class T>
+PK_IN int64_t ahead_of(const Softmax& job, int64_t together) {
+  const int64_t row = job.n * int64_t(sizeof(T));
+  return job.outer * row <= kNear ? 0 : together * row < kAhead ? kAhead : together * row;
+}
+
 /// One row of z = `x` - shift; `scratch` may be `x`.
 template <class T, class O>
 void row_of(const Softmax& job, const T* x, int64_t at, float shift, float* scratch) {
@@ -63,8 +70,9 @@ void row_of(const Softmax& job, const T* x, int64_t at, float shift, float* scra
     float* w = place_of<O>(job, at, scratch);
     row.exponent = nearest_exponent(row.most);
     const Reference by = reference(row.exponent);
-    row.total = job.kind == kSoftmax ? exponentials<T, kDegree<O>, true>(x, w, job.n, by, kAhead)
-                                     : exponentials<T, 6, false>(x, nullptr, job.n, by, kAhead);
+    const int64_t ahead = ahead_of<T>(job, 0);
+    row.total = job.kind == kSoftmax ? exponentials<T, kDegree<O>, true>(x, w, job.n, by, ahead)
+                                     : exponentials<T, 6, false>(x, nullptr, job.n, by, ahead);
     if (job.sink) row.total += lifted_sink(sink, shift, by);
     return finish_row<T, O>(job, at, x, w, shift, row);
   }
@@ -80,7 +88,7 @@ void row_of(const Softmax& job, const T* x, int64_t at, float shift, float* scra
 template <class O>
 void rows_together(const Softmax& job, int64_t first, int count, float* scratch) {
   const int64_t n = job.n, stride = (n + kStripe - 1) / kStripe * kStripe;
-  const int64_t bytes = count * n * int64_t(sizeof(O)), ahead = bytes < kAhead ? kAhead : bytes;
+  const int64_t ahead = ahead_of<O>(job, count);
   const O* x = static_cast<const O*>(job.x) + first * n;
   Row row[kTogether];
   Reference at[kTogether];
