@@ -2,6 +2,7 @@
 // longer than a small product. Knows Python and not pybind11; torch only as objects that it was handed.
 #include <cmath>
 #include <new>
+#include <vector>
 
 #include "bindings_tensors.h"
 #include "drive/lora_linear.h"
@@ -17,9 +18,11 @@ struct {
   const exchange::Api* api = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr, *adapter = nullptr;
   PyObject *forced = nullptr, *recording = nullptr, *threads = nullptr;
-  PyObject *is_neg = nullptr, *requires_grad = nullptr, *new_empty = nullptr;
+  PyObject *requires_grad = nullptr, *new_empty = nullptr;
+  Method is_neg;
   int64_t float_rows = 0, float_weight = 0;
   Watches watches;
+  Storages storages;
 } lent;
 
 constexpr int64_t kSmall = 1 << 17;  // multiplications below which a second thread starts too late
@@ -39,7 +42,8 @@ struct Operand {
     }
     if (at.device_type != exchange::kCpu || !at.data || at.ndim < 1) return;
     if (recording && !says_no(PyObject_GetAttr(object, lent.requires_grad))) return;
-    taken = says_no(PyObject_CallMethodNoArgs(object, lent.is_neg));
+    if (!lent.storages.hold(object, exchange::bytes_of(at), at.bits / 8)) return;
+    taken = says_no(lent.is_neg.of(object));
   }
   int dtype() const { return taken ? exchange::dtype_of(at) : -1; }
   bool is(int64_t rows, int64_t columns) const {
@@ -68,6 +72,7 @@ bool as_rows(const Operand& x, int64_t& rows, int64_t& step) {
 struct Call {
   LoraLinear job{};
   Operand x, weight;
+  std::vector<int64_t> index;
   bool taken = false, recording;
 
   Call(PyObject* x_object, PyObject* weight_object, bool records)
@@ -171,8 +176,9 @@ PyObject* layer(PyObject* const* given) {
   return call.run(given[0]);
 }
 
-/// Whether every row names an adapter or none.
-bool index_fits(const Operand& index, const Call& call) {
+/// Whether every row names an adapter or none. The call gets a copy: other threads may write to the tensor
+/// between this look at it and its use.
+bool add_index(const Operand& index, Call& call) {
   const exchange::Tensor &at = index.at, &x = call.x.at;
   if (!index.taken || !exchange::is_int64(at) || exchange::contiguous_elements(at) != call.job.m)
     return false;
@@ -181,8 +187,10 @@ bool index_fits(const Operand& index, const Call& call) {
     if (at.shape[d] != x.shape[d]) return false;
   const auto* values = reinterpret_cast<const int64_t*>(exchange::data_of(at));
   const int64_t count = int64_t(call.job.adapters.size());
+  call.index.assign(values, values + call.job.m);
+  call.job.index = call.index.data();
   bool fits = true;
-  for (int64_t i = 0; i < call.job.m; i++) fits &= values[i] >= -1 && values[i] < count;
+  for (const int64_t named : call.index) fits &= named >= -1 && named < count;
   return fits;
 }
 
@@ -197,8 +205,7 @@ PyObject* layers(PyObject* const* given) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(adapters.object); i++)
     if (!call.add(PyTuple_GET_ITEM(adapters.object, i))) Py_RETURN_NONE;
   const Operand index(given[3], call.recording);
-  if (!index_fits(index, call)) Py_RETURN_NONE;
-  call.job.index = reinterpret_cast<const int64_t*>(exchange::data_of(index.at));
+  if (!add_index(index, call)) Py_RETURN_NONE;
   return call.run(given[0]);
 }
 
@@ -216,7 +223,8 @@ PyObject* lend_layers(PyObject* const* given) {
   lent.float_rows = PyLong_AsLongLong(given[6]);
   lent.float_weight = PyLong_AsLongLong(given[7]);
   lent.watches.take(given[8]);
-  lent.is_neg = PyUnicode_InternFromString("is_neg");
+  lent.storages.take(given[0]);
+  lent.is_neg.take(given[0], "is_neg");
   lent.requires_grad = PyUnicode_InternFromString("requires_grad");
   lent.new_empty = PyUnicode_InternFromString("new_empty");
   return PyBool_FromLong(lent.api != nullptr);

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch.autograd import forward_ad
 
 from pykernels import _C
 from pykernels.cut import Cut
@@ -22,8 +23,8 @@ from pykernels.rows import (
 )
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
-_WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state)
-"""What everyday calls ask in place of ``library.watched``: a transform's tensors have no memory to lend."""
+_WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, forward_ad)
+"""What everyday calls ask in place of ``memory.watched``: a transform's tensors have no memory to lend."""
 
 Tensors = Sequence[torch.Tensor]
 

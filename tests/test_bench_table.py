@@ -10,7 +10,6 @@ from pykernels.bench import chart, inputs, peers, report, roofline, turns
 from pykernels.bench.cases import CALLS, CASES, Case, Target
 from pykernels.bench.inputs import Spec
 from pykernels.bench.lora_calls import values
-from pykernels.bench.report import BEGIN, END
 
 IDEAL = {"of": "ideal", "word": "", "most": 3.5}
 ROW = {
@@ -131,34 +130,6 @@ def test_a_run_reads_well():
     assert "| trim call 64 elements | 20 us |  |  |  | <= 15: NO |  |" in text
     assert "| ties, hot | 0.50 | cp | 0.40 | 1.25 | <= 1.6 |" in text
     assert "24.0 and 23.0 GB/s; copy 20.0 and 19.0 GB/s" in text
-
-
-def test_the_readme_gets_the_committed_runs(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    report.save(RUN, tmp_path / "results" / "one.json")
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    assert not report.write_readme(readme, check=True)
-    assert "old" in readme.read_text()
-    report.write_readme(readme)
-    assert report.write_readme(readme, check=True)
-    text = readme.read_text()
-    assert (
-        text.startswith(f"above\n{BEGIN}\n") and text.endswith(f"{END}\nbelow\n") and "mergekit 301x" in text
-    )
-
-
-def test_a_readme_without_the_place_is_refused(tmp_path):
-    (tmp_path / "README.md").write_text("nothing here\n")
-    with pytest.raises(ValueError, match="has no lines"):
-        report.write_readme(tmp_path / "README.md")
-
-
-def test_results_are_named_by_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    path = report.save(RUN)
-    assert path.name == "some-cpu-2-avx2-2-threads.json"
-    assert report.load(path) == RUN
 
 
 def test_the_chart_needs_nothing_beside_it(tmp_path):
