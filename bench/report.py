@@ -131,7 +131,8 @@ def target(row: Row) -> str:
     if "met" not in row:
         return ""
     sign, value = ("<=", bound["most"]) if "most" in bound else (">=", bound["least"])
-    against = f" x {bound['word']} (is {row['ratio']:.2f})" if bound["word"] else ""
+    between = f", {row['low']:.2f} to {row['high']:.2f}" if bound["word"] and "pairs" in row else ""
+    against = f" x {bound['word']} (is {row['ratio']:.2f}{between})" if bound["word"] else ""
     return f"{sign} {value:g}{against}: {_SAID[row['met']]}"
 
 

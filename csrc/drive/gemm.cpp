@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "isa.h"
+#include "rooms.h"
 #include "team.h"
 
 namespace pk {
@@ -25,18 +26,6 @@ constexpr int64_t kShrinkDots = 8;   // columns of it, where they are dot produc
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t up_to(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
-
-/// Floats for every thread.
-class Rooms {
- public:
-  Rooms(int64_t threads, int64_t floats)
-      : each_(up_to(floats, 1024)), memory_(size_t(std::max<int64_t>(threads, 1) * each_) * sizeof(float)) {}
-  float* of(int slot) const { return reinterpret_cast<float*>(memory_.data()) + slot * each_; }
-
- private:
-  int64_t each_;
-  Scratch memory_;
-};
 
 /// Rows or columns [k0, k1) x [n0, n1) of a right operand, whichever are contiguous; nothing where neither
 /// are.
