@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from pykernels.rows import SUM_BLOCK, add_blocks
+
 Tensors = Sequence[torch.Tensor]
+
+SQUARE_ROWS = 48
+"""Rows whose squares a kernel adds up for a column: as ``kSquareRows`` in csrc/cpu/lora_jobs.h."""
 
 
 class Product(NamedTuple):
@@ -48,6 +53,21 @@ def product(
             behind = factor if behind is None else factor * behind
         scaled.insert(0, _scaled(b, s, behind))
     return _joined(A, scaled, None if behind is None else behind.float(), fan_in_fan_out)
+
+
+def norms(
+    weight: torch.Tensor, p: Product, squares: Callable[[torch.Tensor, torch.Tensor, Product], None]
+) -> torch.Tensor:
+    """Norms of the rows or columns of weight + left @ right, float64, from sums of squares in blocks.
+
+    ``squares(sums, weight, p)`` fills sums, float64 [blocks of 4096 columns, rows] or, by column, [parts of
+    48 rows, cols]; everything behind it is the same on every device.
+    """
+    rows, cols = weight.shape
+    shape = (-(-rows // SQUARE_ROWS), cols) if p.by_column else (-(-cols // SUM_BLOCK), rows)
+    sums = torch.empty(shape, dtype=torch.float64, device=weight.device)
+    squares(sums, weight, p)
+    return add_blocks(sums).sqrt()
 
 
 def _scaled(B: torch.Tensor, scaling: float, rows: torch.Tensor | None) -> torch.Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from pykernels import _C
-from pykernels.low_rank import Product, Tensors, product
+from pykernels.low_rank import Product, Tensors, norms, product
 from pykernels.native import threads
-from pykernels.rows import CODES, add_blocks, through_float32
+from pykernels.rows import CODES, through_float32
 
 
 def merge_lora(
@@ -24,7 +24,7 @@ def merge_lora(
     """out = weight + sum(scaling * B @ A): one pass, and one more over the weight per magnitude."""
     if out.dtype not in CODES:
         return through_float32(merge_lora, out, weight, A, B, scaling, magnitude, fan_in_fan_out)
-    p = product(A, B, scaling, magnitude, fan_in_fan_out, lambda p: _norms(weight, p))
+    p = product(A, B, scaling, magnitude, fan_in_fan_out, lambda p: norms(weight, p, _squares))
     _C.merge_lora(
         out.data_ptr(),
         CODES[out.dtype],
@@ -41,27 +41,17 @@ def merge_lora(
     )
 
 
-SQUARE_ROWS = 48
-"""As ``kSquareRows`` in csrc/cpu/lora_jobs.h."""
-SQUARE_COLUMNS = 4096
-"""As ``kBlock`` in csrc/cpu/jobs.h."""
-
-
-def _norms(weight: torch.Tensor, p: Product) -> torch.Tensor:
-    """Norms of the rows or columns of weight + left @ right, float64, from sums of squares in blocks."""
-    rows, cols = weight.shape
-    shape = (-(-rows // SQUARE_ROWS), cols) if p.by_column else (-(-cols // SQUARE_COLUMNS), rows)
-    sums = torch.empty(shape, dtype=torch.float64)
+def _squares(sums: torch.Tensor, weight: torch.Tensor, p: Product) -> None:
+    """Of weight + left @ right, as ``low_rank.norms`` wants them."""
     _C.lora_squares(
         sums.data_ptr(),
         weight.data_ptr(),
         CODES[weight.dtype],
-        rows,
-        cols,
+        weight.shape[0],
+        weight.shape[1],
         p.left.data_ptr(),
         p.right.data_ptr(),
         p.left.shape[1],
         p.by_column,
         threads(),
     )
-    return add_blocks(sums).sqrt()
