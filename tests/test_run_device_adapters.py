@@ -90,8 +90,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("base", ["base", "f32", "f16"])
+@pytest.mark.parametrize(
+    "base, budget", [*(("base", budget) for budget in BUDGETS), ("f32", "parts"), ("f16", "parts")]
+)
 def test_files_are_those_of_the_cpu(home, tmp_path, devices, base, budget):
     options = BUDGETS[budget]
     if not devices and torch.cuda.device_count() < 2:
@@ -134,8 +135,9 @@ def composed(home: Path, method: str, *names: str) -> dict[str, Any]:
     return {**made, "models": [{"model": m, "parameters": {"weight": 0.6}} for m in models]}
 
 
-@pytest.mark.parametrize("memory", ["330KB", "100MB"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, memory", [*((method, "330KB") for method in METHODS), ("ties", "100MB"), ("ties model", "100MB")]
+)
 def test_models_with_adapters_in_recipes(home, tmp_path, devices, method, memory):
     report = both(composed(home, method, "extras", "dora", "experts"), tmp_path, device_memory=memory)
     assert not [text for text in report.warnings if "merged on the CPU" in text]
