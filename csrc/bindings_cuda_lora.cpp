@@ -79,9 +79,19 @@ template <RunInOrder run>
 void run_in_order(Address out, int out_dtype, Address weight, int dtype, int64_t rows, int64_t cols,
                   Address left, Address right, int64_t rank, Address scale, bool by_column, int device,
                   Address stream) {
-  const OrderedMerge job{
-      at<void>(out), at<void>(weight), at<float>(left), at<float>(right), at<float>(scale), rows, cols, rank,
-      out_dtype, dtype, alignment_of(out, out_dtype, cols), alignment_of(weight, dtype, cols), by_column};
+  const OrderedMerge job{at<void>(out),
+                         at<void>(weight),
+                         at<float>(left),
+                         at<float>(right),
+                         at<float>(scale),
+                         rows,
+                         cols,
+                         rank,
+                         out_dtype,
+                         dtype,
+                         alignment_of(out, out_dtype, cols),
+                         alignment_of(weight, dtype, cols),
+                         by_column};
   const py::gil_scoped_release release;
   const OnDevice here(device);
   run(job, at_stream(stream));

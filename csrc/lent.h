@@ -1,0 +1,31 @@
+// What calls that take tensors as objects have borrowed from Python, once and for the life of the process.
+#pragma once
+#include "exchange.h"
+#include "objects.h"
+
+namespace pk {
+
+/// What all of them need of torch and of the package.
+struct Lent {
+  const exchange::Api* api = nullptr;
+  PyObject *forced = nullptr, *threads = nullptr, *is_neg = nullptr, *requires_grad = nullptr;
+  Watches watches;
+
+  /// References stay with the caller. Returns whether tensors of that type will be taken.
+  bool take(PyObject* type, PyObject* forced_, PyObject* threads_, PyObject* watches_) {
+    api = exchange::of_type(type);
+    forced = forced_;
+    threads = threads_;
+    watches.take(watches_);
+    is_neg = PyUnicode_InternFromString("is_neg");
+    requires_grad = PyUnicode_InternFromString("requires_grad");
+    return api != nullptr;
+  }
+  /// Whether the context leaves the choice of a backend to us, and nobody waits for an operator.
+  bool chosen_freely() const { return api && holds_none(forced) && watches.none(); }
+  /// Whether memory holds the values themselves. A negated view is the one thing that the protocol hides.
+  bool holds_values(PyObject* tensor) const { return says_no(PyObject_CallMethodNoArgs(tensor, is_neg)); }
+  bool wants_no_gradient(PyObject* tensor) const { return says_no(PyObject_GetAttr(tensor, requires_grad)); }
+};
+
+}  // namespace pk
