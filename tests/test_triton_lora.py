@@ -212,6 +212,13 @@ def test_the_ops_reach_the_kernels():
     assert_same_bits(merged.cpu(), run_merge(c.weight, [pk.LoRA(*c.adapters[0])], False))
 
 
+def test_more_rows_than_are_numbered_are_refused():
+    c = layer(1, 4, 4, [2], HALVES)
+    x = c.x.expand(2**31, 4)
+    with pytest.raises(ValueError, match="x must have at most 2147483647 rows in Triton, got 2147483648"):
+        lora_linear.lora_linear(x, x, x, c.weight, c.adapters, None, None)
+
+
 def test_special_values_come_through():
     c = layer(6, 40, 50, [3], HALVES)
     c.x[1, 7], c.x[2, 3], c.bias[5] = math.nan, math.inf, -math.inf
