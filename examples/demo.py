@@ -13,7 +13,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from pykernels.bench.engine import copy_seconds, engine_seconds
+from pykernels.bench.engine_clock import copy_seconds, engine_seconds
 from pykernels.bench.llama import Layout, write
 
 ROOT = Path(__file__).resolve().parent.parent
