@@ -16,6 +16,12 @@ constexpr int kDeep = 4, kWide = 8;                    // rows and columns of a 
 constexpr int64_t kAtOnce = 64;                        // ranks up to which the chain of a sum is not cut
 constexpr int kRanks = 32;                             // ranks of a run, and in shared memory
 constexpr int kBlockColumns = 4096, kColumnRows = 48;  // of one sum of squares along rows, and along columns
+// Blocks of a multiprocessor, as registers allow without a spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kTogether = 1;
+#else
+constexpr int kTogether = 2;
+#endif
 static_assert(kThreads == 16 * kTree && kOrderRows == 16 * kDeep && kOrderColumns == kTree * kWide,
               "a thread has row threadIdx / 16 and column threadIdx % 16, and those 16 on");
 
@@ -111,7 +117,7 @@ __device__ __forceinline__ void put_as(const OrderedMerge& job, int64_t i, float
 }
 
 /// A tile of the weight; neighbours along its rows run together.
-__global__ void __launch_bounds__(kThreads, 2) merge_tile(const __grid_constant__ OrderedMerge job) {
+__global__ void __launch_bounds__(kThreads, kTogether) merge_tile(const __grid_constant__ OrderedMerge job) {
   __shared__ Ranks stage;
   const int64_t across = (job.cols + kOrderColumns - 1) / kOrderColumns;
   const int64_t row = blockIdx.x / across * kOrderRows, col = blockIdx.x % across * kOrderColumns;
@@ -131,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_tile(const __grid_constant_
 }
 
 /// Squares of 64 rows over a block of 4096 columns, every row in sixteen lanes, which are threads.
-__global__ void __launch_bounds__(kThreads, 2) square_rows(const __grid_constant__ OrderedMerge job) {
+__global__ void __launch_bounds__(kThreads, kTogether) square_rows(const __grid_constant__ OrderedMerge job) {
   __shared__ Ranks stage;
   const int64_t blocks = (job.cols + kBlockColumns - 1) / kBlockColumns;
   const int64_t row = blockIdx.x / blocks * kOrderRows, block = blockIdx.x % blocks;
@@ -159,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, 2) square_rows(const __grid_constant
 }
 
 /// Squares of 48 rows, column by column; the shared memory of factors then holds the adapted tile.
-__global__ void __launch_bounds__(kThreads, 2) square_columns(const __grid_constant__ OrderedMerge job) {
+__global__ void __launch_bounds__(kThreads, kTogether)
+    square_columns(const __grid_constant__ OrderedMerge job) {
   __shared__ Ranks stage;
   const int64_t across = (job.cols + kOrderColumns - 1) / kOrderColumns, part = blockIdx.x / across;
   const int64_t row = part * kColumnRows, col = blockIdx.x % across * kOrderColumns;
