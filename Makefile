@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime
+# Modules are compiled where they are imported: of the packages' own, most never are.
+INSTALL := $(BIN)/python -m pip install --no-compile -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 export PYTHONSAFEPATH = 1
@@ -39,16 +41,16 @@ types: .venv/ready
 
 # Where CUDA is required but there is no nvcc, NVIDIA's wheels bring one.
 .venv/nvcc: .venv/created constraints.txt
-	command -v nvcc || $(BIN)/python -m pip install -c constraints.txt $(NVCC)
+	command -v nvcc || $(INSTALL) $(NVCC)
 	touch $@
 
 .venv/ready: .venv/created $(if $(filter 1,$(PYKERNELS_REQUIRE_CUDA)),.venv/nvcc) pyproject.toml setup.py constraints.txt CMakeLists.txt $(SOURCES)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 # The CUDA kernels on the host, for tests. Under PYKERNELS_EMULATED=1 .venv/ready has built them with the rest.
 .venv/emulated: .venv/ready
-	$(if $(filter 1,$(PYKERNELS_EMULATED)),,PYKERNELS_EMULATED=1 $(BIN)/python -m pip install -c constraints.txt --no-deps -e .)
+	$(if $(filter 1,$(PYKERNELS_EMULATED)),,PYKERNELS_EMULATED=1 $(INSTALL) --no-deps -e .)
 	touch $@
 
 clean:

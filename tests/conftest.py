@@ -74,7 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the cases marked ``large`` unless PYKERNELS_LARGE=1."""
+    """Deselects the cases marked ``large`` unless PYKERNELS_LARGE=1; those marked ``long`` start first."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if os.environ.get("PYKERNELS_LARGE") == "1":
         return
     large = [item for item in items if item.get_closest_marker("large")]

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.long
 def test_no_kernel_spills_fuses_or_reads_in_short_pieces():
     """In a process of its own: whether kernels are interpreted is settled when they are defined."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
