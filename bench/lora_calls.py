@@ -22,7 +22,7 @@ def adapters(x: Inputs, options: Options) -> list[LoRA]:
     return list(_adapters(x.base.shape, x.base.dtype, options["r"], options.get("adapters", 1)))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)  # the rows of a table, which take turns: else a call would draw its own
 def _adapters(shape: torch.Size, dtype: torch.dtype, rank: int, count: int) -> tuple[LoRA, ...]:
     random = torch.Generator().manual_seed(rank)
     made = []

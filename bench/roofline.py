@@ -26,6 +26,8 @@ from pykernels.bench.cases import CASES, Case
 from pykernels.bench.inputs import LOGITS, LORA, Inputs, Spec, make, sets
 
 COPY_BYTES = 128 << 20
+_ASLEEP = 0.015
+"""Seconds after which a thread that waits for work has stopped to do so at a core's cost."""
 
 Row = dict[str, Any]
 Timed = Mapping[str, Callable[[int], Any]]
@@ -35,8 +37,9 @@ def interleave(calls: Timed, rounds: int, settle: Callable[[int], Any]) -> dict[
     """Seconds of every call in every round, the calls taking turns. A call gets the round's number.
 
     ``settle`` runs untimed before every call: whatever ran before would otherwise leave its dirty lines in
-    the cache, to be written back at the next call's cost. A call may have a ``setting`` (it gives a context):
-    it is entered and the call run once, untimed.
+    the cache, to be written back at the next call's cost. It is repeated until torch's threads sleep, which
+    keep a core busy for milliseconds after their work (libgomp waits so). A call may have a
+    ``setting`` (it gives a context): it is entered and the call run once, untimed.
     """
     for call in calls.values():
         call(0)
@@ -47,7 +50,10 @@ def interleave(calls: Timed, rounds: int, settle: Callable[[int], Any]) -> dict[
                 if setting := getattr(call, "setting", None):
                     stack.enter_context(setting())
                     call(i - 1)
+                awake = time.perf_counter() + _ASLEEP
                 settle(i + 1)
+                while time.perf_counter() < awake:
+                    settle(i + 1)
                 start = time.perf_counter()
                 call(i)
                 seconds[name].append(time.perf_counter() - start)

@@ -185,29 +185,6 @@ void softmax_backward(uintptr_t out, int out_dtype, uintptr_t grad, int grad_dty
       threads);
 }
 
-pk::cpu::MergeLora lora_job(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows,
-                            int64_t cols, uintptr_t left, int64_t rank) {
-  return {
-      at_mutable(out), at(weight), out_dtype, dtype, rows, cols, rank, static_cast<const float*>(at(left)),
-      nullptr,         nullptr,    nullptr};
-}
-
-void merge_lora(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows, int64_t cols,
-                uintptr_t left, uintptr_t right, int64_t rank, uintptr_t scale, bool by_column, int threads) {
-  py::gil_scoped_release release;
-  pk::merge_lora(lora_job(out, out_dtype, weight, dtype, rows, cols, left, rank),
-                 static_cast<const float*>(at(right)), static_cast<const float*>(at(scale)), by_column,
-                 threads);
-}
-
-void lora_squares(uintptr_t sums, uintptr_t weight, int dtype, int64_t rows, int64_t cols, uintptr_t left,
-                  uintptr_t right, int64_t rank, bool by_column, int threads) {
-  py::gil_scoped_release release;
-  pk::lora_squares(lora_job(0, pk::kF32, weight, dtype, rows, cols, left, rank),
-                   static_cast<const float*>(at(right)), by_column, static_cast<double*>(at_mutable(sums)),
-                   threads);
-}
-
 /// (address, dtype, stride of rows, stride of columns)
 using MatrixOf = std::tuple<uintptr_t, int, int64_t, int64_t>;
 /// (threshold, key, columns of the matrix that is dropped from)
@@ -221,6 +198,34 @@ pk::cpu::GemmOut target(const MatrixOf& m, uintptr_t bias) {
 }
 pk::cpu::Dropout dropout(const DropoutOf& d) {
   return {std::get<0>(d), uint32_t(std::get<1>(d)), uint32_t(std::get<1>(d) >> 32), std::get<2>(d)};
+}
+
+/// (left, right, rank, what left is scaled by, what right is)
+using LowRankOf = std::tuple<MatrixOf, MatrixOf, int64_t, double, double>;
+
+pk::cpu::LowRank low_rank(const LowRankOf& f) {
+  return {matrix(std::get<0>(f)), matrix(std::get<1>(f)), std::get<2>(f), std::get<3>(f), std::get<4>(f)};
+}
+pk::cpu::MergeLora lora_weight(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows,
+                               int64_t cols) {
+  return {at_mutable(out), at(weight), out_dtype, dtype,   rows,    cols,
+          nullptr,         0,          0,         nullptr, nullptr, nullptr};
+}
+
+void merge_lora(uintptr_t out, int out_dtype, uintptr_t weight, int dtype, int64_t rows, int64_t cols,
+                const std::vector<LowRankOf>& factors, uintptr_t scale, bool by_column, int threads) {
+  py::gil_scoped_release release;
+  std::vector<pk::cpu::LowRank> each;
+  for (const LowRankOf& f : factors) each.push_back(low_rank(f));
+  pk::merge_lora(lora_weight(out, out_dtype, weight, dtype, rows, cols), each,
+                 static_cast<const float*>(at(scale)), by_column, threads);
+}
+
+void lora_squares(uintptr_t sums, uintptr_t weight, int dtype, int64_t rows, int64_t cols,
+                  const std::vector<LowRankOf>& factors, bool by_column, int threads) {
+  py::gil_scoped_release release;
+  pk::lora_squares(lora_weight(0, pk::kF32, weight, dtype, rows, cols), low_rank(factors.at(0)), by_column,
+                   static_cast<double*>(at_mutable(sums)), threads);
 }
 
 void product(const MatrixOf& out, uintptr_t bias, const MatrixOf& a, const MatrixOf& b, int64_t m, int64_t n,

@@ -8,13 +8,26 @@ bytes of the device's memory, and while B is scaled in float64 16 * rank * rows 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from pykernels import _cuda
 from pykernels.cuda import place
-from pykernels.low_rank import Product, Tensors, norms, product
-from pykernels.rows import CODES, through_float32
+from pykernels.low_rank import LowRank, Tensors, folded
+from pykernels.rows import CODES, SUM_BLOCK, add_blocks, through_float32
+
+SQUARE_ROWS = 48
+"""As ``kColumnRows`` in csrc/cuda/merge_in_order.cu."""
+
+
+class Product(NamedTuple):
+    """weight * scale + left [rows, R] @ right [R, cols]; scale [rows] or, ``by_column``, [cols], or None."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: torch.Tensor | None
+    by_column: bool
 
 
 def merge_in_order(
@@ -29,12 +42,26 @@ def merge_in_order(
     """out = weight + sum(scaling * B @ A): one pass, and one more over the weight per magnitude."""
     if out.dtype not in CODES:
         return through_float32(merge_in_order, out, weight, A, B, scaling, magnitude, fan_in_fan_out)
-    p = product(A, B, scaling, magnitude, fan_in_fan_out, lambda p: norms(weight, p, _squares))
-    _run(_cuda.merge_in_order, out, CODES[out.dtype], weight, p)
+    adapters, scale = folded(A, B, scaling, magnitude, lambda a: _norms(weight, a, fan_in_fan_out))
+    _run(_cuda.merge_in_order, out, CODES[out.dtype], weight, _joined(adapters, scale, fan_in_fan_out))
 
 
-def _squares(sums: torch.Tensor, weight: torch.Tensor, p: Product) -> None:
-    _run(_cuda.squares_in_order, sums, 0, weight, p)
+def _norms(weight: torch.Tensor, adapter: LowRank, by_column: bool) -> torch.Tensor:
+    """Norms of the rows or columns of weight + the delta, float64, from sums of squares in blocks."""
+    rows, cols = weight.shape
+    shape = (-(-rows // SQUARE_ROWS), cols) if by_column else (-(-cols // SUM_BLOCK), rows)
+    sums = torch.empty(shape, dtype=torch.float64, device=weight.device)
+    _run(_cuda.squares_in_order, sums, 0, weight, _joined([adapter], None, by_column))
+    return add_blocks(sums).sqrt()
+
+
+def _joined(adapters: Sequence[LowRank], scale: torch.Tensor | None, by_column: bool) -> Product:
+    """All adapters as one product in float32: elements of B times scaling are rounded once."""
+    wide = [a.A.float() for a in adapters]
+    scaled = [(a.B.double() * a.scaling).float() for a in adapters]
+    if by_column:
+        return Product(torch.cat([a.t() for a in wide], 1), torch.cat([b.t() for b in scaled]), scale, True)
+    return Product(torch.cat(scaled, 1), torch.cat(wide), scale, False)
 
 
 def _run(

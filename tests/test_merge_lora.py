@@ -192,6 +192,15 @@ def test_strided_factors_are_taken_as_they_are():
     assert_same_bits(pk.merge_lora(w, [strided]), pk.merge_lora(w, [a]))
 
 
+@pytest.mark.parametrize("fan", [False, True], ids=["out-in", "in-out"])
+def test_negated_views_are_taken_as_they_are(fan):
+    w, [a] = weight(20, 30, torch.bfloat16, fan_in_fan_out=fan), several(20, 30, (4,))
+    turned = a._replace(A=torch.complex(a.A, -a.A).conj().imag, B=torch.complex(a.B, -a.B).conj().imag)
+    assert turned.A.is_neg() and turned.B.is_neg()
+    given = pk.merge_lora(w, [turned], fan_in_fan_out=fan)
+    assert_same_bits(given, pk.merge_lora(w, [a], fan_in_fan_out=fan))
+
+
 def test_kinds_of_adapters():
     A, B = random(4, 30, seed=1), random(20, 4, seed=2)
     R, d, b = random(4, 4, seed=3), random(4, seed=4), random(20, seed=5)

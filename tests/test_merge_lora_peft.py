@@ -7,6 +7,7 @@ import torch
 
 import pykernels as pk
 from pykernels import LoRA
+from pykernels.ops import merge_lora_peft
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES, SHORT
 from tests.lora_cases import adapter, truth, weight
@@ -87,3 +88,14 @@ def test_magnitudes_are_those_of_peft():
     w, adapters = weight(30, 50, torch.float32), [adapter(30, 50, 3, 10 * i, dora=True) for i in range(2)]
     theirs = merged_by_peft(w, adapters)
     torch.testing.assert_close(pk.merge_lora(w, adapters), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fan", [False, True], ids=["out-in", "in-out"])
+def test_pieces_have_the_bits_of_the_whole(fan, monkeypatch):
+    w = weight(9, 20, torch.bfloat16, fan_in_fan_out=fan)
+    adapters = [adapter(9, 20, 3, 0, dtype=torch.bfloat16), adapter(9, 20, 2, 10)]
+    whole = merge_lora_peft.Layer(w, fan)
+    for a in adapters:
+        whole.merge(merge_lora_peft.delta(a.A, a.B, a.scaling, fan), None)
+    monkeypatch.setattr(merge_lora_peft, "_PIECE", 40)
+    assert_same_bits(pk.merge_lora(w, adapters, fan_in_fan_out=fan, rounding="peft"), whole.weight)

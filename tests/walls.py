@@ -41,11 +41,12 @@ LAYOUT = {
     "elect_sign": "signs dtype tuned numel",
     "count_nonfinite": "dtype base numel",
     "softmax": "out out_dtype base dtype outer n inner kind mask mask_kind mask_stride sink sink_stride",
-    "merge_lora": "out out_dtype base dtype rows cols left right rank scale by_column",
-    "lora_squares": "squares base dtype rows cols left right rank by_column",
+    "merge_lora": "out out_dtype base dtype rows cols factors scale by_column",
+    "lora_squares": "squares base dtype rows cols factors by_column",
     "softmax_backward": "out out_dtype grad grad_dtype base dtype outer n inner kind",
 }
-"""Leading arguments of the functions of ``_C``; ``tuned`` is a list of addresses, other tensors are one."""
+"""Leading arguments of the functions of ``_C``; ``tuned`` is a list of addresses, ``factors`` one of pairs of
+matrices (address, dtype, strides) and their rank, other tensors are one address."""
 
 WITHOUT_TENSORS = {"advise_huge", "ideal", "isa", "isas", "use_isa"}
 """Functions that touch no tensor of a kernel test (``ideal``, the benchmarks' control, needs lines of 64)."""
@@ -77,8 +78,6 @@ def _bytes(given: dict[str, Any]) -> dict[str, int]:
         "norms": blocks * models * 16,
         "dots": blocks * models * 8,
         "bins": models * 65536 * 8,
-        "left": given.get("rows", 0) * given.get("rank", 0) * 4,
-        "right": given.get("cols", 0) * given.get("rank", 0) * 4,
         "scale": given.get("cols" if given.get("by_column") else "rows", 0) * 4,
         "squares": _squares(given) * 8,
         "mask": _span(given, "mask_stride", "outer n inner") * MASK_SIZES.get(given.get("mask_kind"), 0),
@@ -98,6 +97,16 @@ def _numel(given: dict[str, Any]) -> int:
     return given["numel"] if "numel" in given else _rows(given) * given["n"]
 
 
+def _moved(stage: Stage, factor: tuple[Any, ...], rows: int, cols: int) -> tuple[Any, ...]:
+    """A low-rank pair of matrices, each where the stage puts it."""
+    left, right, rank, *scales = factor
+    moved = []
+    for (address, dtype, *steps), shape in ((left, (rows, rank)), (right, (rank, cols))):
+        span = 1 + sum(step * (size - 1) for step, size in zip(steps, shape, strict=True))
+        moved.append((stage.put(address, span * SIZES[dtype]), dtype, *steps))
+    return (*moved, rank, *scales)
+
+
 def _rows(given: dict[str, Any]) -> int:
     return given["outer"] * given["inner"]
 
@@ -114,8 +123,6 @@ _EIGHT_ALIGNED = {
     "dots",
     "bins",
     "sink",
-    "left",
-    "right",
     "scale",
     "squares",
 }  # the caller's own, never a view of a file
@@ -221,6 +228,8 @@ def _behind_walls(name: str, function: Callable[..., Any]) -> Callable[..., Any]
         for key in names:
             if key == "tuned":
                 moved.append([stage.put(address, nbytes["base"]) for address in given[key]])
+            elif key == "factors":
+                moved.append([_moved(stage, factor, given["rows"], given["cols"]) for factor in given[key]])
             elif key in nbytes:
                 moved.append(stage.put(given[key], nbytes[key], 8 if key in _EIGHT_ALIGNED else 1))
             else:

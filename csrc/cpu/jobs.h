@@ -82,10 +82,11 @@ struct Kernels {
   void (*elect_sign)(int8_t* out, const Merge&, int combine, int64_t begin, int64_t end);
   int64_t (*count_nonfinite)(int dtype, const void* data, int64_t begin, int64_t end);
   void (*ideal)(void* out, const void* const* inputs, int n, int64_t begin, int64_t end);
-  void (*merge_lora)(const MergeLora&, int64_t begin, int64_t end);
-  void (*lora_squares)(const MergeLora&, bool by_column, double* sums, int64_t begin, int64_t end);
-  void (*pack_panels)(const float* right, int64_t rank, int64_t cols, int dtype, float* panels, int64_t begin,
-                      int64_t end);
+  /// scratch: kLoraRows (kSquareRows) rows of all ranks
+  void (*merge_lora)(const MergeLora&, int64_t begin, int64_t end, float* scratch);
+  void (*lora_squares)(const MergeLora&, bool by_column, double* sums, int64_t begin, int64_t end,
+                       float* scratch);
+  void (*pack_panels)(const MergeLora&, float* panels, int64_t begin, int64_t end);
   int (*panel_width)();
   Regime (*softmax_regime)();
   /// scratch: the more of n and kTogetherFloats, and kSlack floats

@@ -18,9 +18,9 @@ int64_t nth_equal(int, const void*, const void*, uint32_t, int64_t, int64_t, int
 void elect_sign(int8_t*, const Merge&, int, int64_t, int64_t);
 int64_t count_nonfinite(int, const void*, int64_t, int64_t);
 void ideal(void*, const void* const*, int, int64_t, int64_t);
-void merge_lora(const MergeLora&, int64_t, int64_t);
-void lora_squares(const MergeLora&, bool, double*, int64_t, int64_t);
-void pack_panels(const float*, int64_t, int64_t, int, float*, int64_t, int64_t);
+void merge_lora(const MergeLora&, int64_t, int64_t, float*);
+void lora_squares(const MergeLora&, bool, double*, int64_t, int64_t, float*);
+void pack_panels(const MergeLora&, float*, int64_t, int64_t);
 int panel_width();
 Regime softmax_regime();
 void softmax_rows(const Softmax&, int64_t, int64_t, float*);

@@ -63,10 +63,10 @@ PK_IN uint32_t element_bits(M a, M b) {
 #endif
 }
 
-/// Round a pair as T's load orders it and write it as elements i.. of an output of any dtype.
+/// Round a pair as T's load orders it and write it as elements i.. of an output of any dtype; no NaN but the
+/// canonical one.
 template <class T>
-PK_IN void put_as(int out_dtype, void* out, int64_t i, Pair x, bool stream) {
-  x = {canonical(x.a), canonical(x.b)};
+PK_IN void put_numbers(int out_dtype, void* out, int64_t i, Pair x, bool stream) {
   if (out_dtype == kBF16) {
     put(static_cast<bf16*>(out) + i, kParted<T> ? x : part(x), stream);
     return;
@@ -76,6 +76,12 @@ PK_IN void put_as(int out_dtype, void* out, int64_t i, Pair x, bool stream) {
     put(static_cast<float*>(out) + i, x, stream);
   else
     put(static_cast<f16*>(out) + i, x, stream);
+}
+
+/// The same of any pair.
+template <class T>
+PK_IN void put_as(int out_dtype, void* out, int64_t i, Pair x, bool stream) {
+  put_numbers<T>(out_dtype, out, i, {canonical(x.a), canonical(x.b)}, stream);
 }
 
 }  // namespace pk::cpu::PK_ISA

@@ -43,6 +43,7 @@ PK_IN M negative(F x) { return as_mask(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _
 PK_IN M not_less(F a, F b) { return as_mask(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)); }
 PK_IN M is_zero(F x) { return as_mask(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_EQ_OQ)); }
 PK_IN M is_nan(F x) { return as_mask(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)); }
+PK_IN M either_nan(F a, F b) { return as_mask(_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)); }
 PK_IN F select(M m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(m.v))}; }
 // x & mask adds +0 where the mask is clear: sums start at +0, so nothing else changes.
 PK_IN F add_where(F sum, M m, F x) {

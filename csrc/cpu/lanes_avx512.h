@@ -42,6 +42,7 @@ PK_IN M negative(F x) { return {_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CM
 PK_IN M not_less(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
 PK_IN M is_zero(F x) { return {_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_EQ_OQ)}; }
 PK_IN M is_nan(F x) { return {_mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q)}; }
+PK_IN M either_nan(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
 PK_IN F select(M m, F a, F b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
 PK_IN F add_where(F sum, M m, F x) { return {_mm512_mask_add_ps(sum.v, m.v, sum.v, x.v)}; }
 PK_IN F multiply_where(M m, F a, F b) { return {_mm512_maskz_mul_ps(m.v, a.v, b.v)}; }

@@ -56,6 +56,7 @@ PK_IN M negative(F x) { return {Ints(x.v < Floats{})}; }
 PK_IN M not_less(F a, F b) { return {~Ints(a.v < b.v)}; }
 PK_IN M is_zero(F x) { return {Ints(x.v == Floats{})}; }
 PK_IN M is_nan(F x) { return {Ints(x.v != x.v)}; }
+PK_IN M either_nan(F a, F b) { return {Ints(a.v != a.v) | Ints(b.v != b.v)}; }
 PK_IN F select(M m, F a, F b) { return {Floats((Ints(a.v) & m.v) | (Ints(b.v) & ~m.v))}; }
 // x & mask adds +0 where the mask is clear: sums start at +0, so nothing else changes.
 PK_IN F add_where(F sum, M m, F x) { return {sum.v + Floats(Ints(x.v) & m.v)}; }

@@ -2,19 +2,28 @@
 #pragma once
 #include <cstdint>
 
+#include "gemm_jobs.h"
+
 namespace pk::cpu {
 
-/// out = scale * weight + left @ right, [rows, cols]; the adapters stand side by side in left [rows, rank]
-/// and one below another in right [rank, cols].
+/// (left_scale * left [rows, rank]) @ (right_scale * right [rank, cols]); one of the scales is 1.
+struct LowRank {
+  Matrix left, right;
+  int64_t rank;
+  double left_scale, right_scale;
+};
+
+/// out = scale * weight + the sum of all factors, [rows, cols].
 struct MergeLora {
   void* out;  // may be weight where the dtypes are one
   const void* weight;
   int out_dtype, dtype;
-  int64_t rows, cols, rank;
-  const float* left;
-  const float* panels;        // right, as pack_panels leaves it
+  int64_t rows, cols;
+  const LowRank* factors;
+  int64_t count, rank;        // rank: of all factors together
+  const float* panels;        // as pack_panels leaves the right sides
   const float* row_scale;     // [rows]; null: 1
-  const float* column_scale;  // as pack_panels leaves a right of one row; null: 1
+  const float* column_scale;  // as pack_panels leaves a right side of one row; null: 1
 };
 
 constexpr int64_t kLoraRows = 96;        // rows that a thread takes at a time: a multiple of every tile's

@@ -18,6 +18,9 @@ from pykernels.ops.trim import trim
 OP = "compose_lora"
 DENSE = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 METHODS = ("cat", "svd", *DENSE, "peft_linear")
+_MODERATE = 1e20
+"""Weights times scalings up to which factors whose Gram matrices serve (``low_rank_svd``) have a product in
+float32."""
 
 
 def compose_lora(
@@ -69,7 +72,7 @@ def compose_lora(
             B = torch.cat([a.B for a in adapters], 1)
             return LoRA(A.to(B.dtype), B, 1.0)
         if method not in DENSE:
-            return _nearest(adapters, lambda: truncate_product(*_stacked(method, adapters, share), to))
+            return _nearest(adapters, lambda: _truncated(method, adapters, share, to))
         delta = merged_delta(method, _deltas(method, adapters, scaling), given, kept, drawn)
         check_lora.finite(OP, "the merged delta", delta, f"with method {method!r}")
         return _nearest(adapters, lambda: truncate(delta, to))
@@ -151,22 +154,31 @@ def _linear(adapters: Sequence[LoRA], share: list[float]) -> LoRA:
     return LoRA(factors[0], factors[1], 1.0)
 
 
-def _stacked(
-    method: str, adapters: Sequence[LoRA], share: list[float]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """B, A and what the rows of A are to be multiplied by: of the sum, in float32 or wider."""
-    B = _wide(torch.cat([a.B.t() for a in adapters])).t()  # columns stay whole, as products of them read it
-    for i, (a, c) in enumerate(zip(adapters, share, strict=True)):
-        if not _largest(a.A) * max(1.0, abs(c)) + _largest(a.B) <= torch.finfo(B.dtype).max / 2:  # NaN too
-            for name, factor in (("A", a.A), ("B", a.B)):
-                check_lora.finite(OP, f"adapters[{i}].{name}", factor, f"with method {method!r}")
-            product = (a.A.double() * c).to(B.dtype)
-            name = f"adapters[{i}].A times weight and scaling"
-            check_lora.finite(OP, name, product, f"with method {method!r}")
-    A = _wide(torch.cat([a.A for a in adapters]))
+def _truncated(
+    method: str, adapters: Sequence[LoRA], share: list[float], rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' and B' of this rank, of the sum in float32 or wider."""
+    B, A = _wide(torch.cat([a.B for a in adapters], 1)), _wide(torch.cat([a.A for a in adapters]))
     rows = torch.tensor([len(a.A) for a in adapters], device=A.device)
     scale = torch.tensor(share, dtype=torch.float64, device=A.device).repeat_interleave(rows)
-    return B, A, scale
+
+    def finite() -> None:
+        _finite(method, adapters, share, torch.finfo(B.dtype).max / 2)
+
+    if not max(map(abs, share)) <= _MODERATE:
+        finite()
+    return truncate_product(B, A, scale, rank, finite)
+
+
+def _finite(method: str, adapters: Sequence[LoRA], share: list[float], most: float) -> None:
+    """Refuses elements that are no numbers, and products with weight and scaling beyond the dtype."""
+    for i, (a, c) in enumerate(zip(adapters, share, strict=True)):
+        if not _largest(a.A) * max(1.0, abs(c)) + _largest(a.B) <= most:  # NaN too
+            for name, factor in (("A", a.A), ("B", a.B)):
+                check_lora.finite(OP, f"adapters[{i}].{name}", factor, f"with method {method!r}")
+            product = (a.A.double() * c).to(torch.promote_types(a.A.dtype, torch.float32))
+            name = f"adapters[{i}].A times weight and scaling"
+            check_lora.finite(OP, name, product, f"with method {method!r}")
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -191,7 +203,7 @@ def _nearest(adapters: Sequence[LoRA], truncated: Callable[[], tuple[torch.Tenso
         A, B = truncated()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         A = B = torch.tensor(torch.nan)
-    if not (A.isfinite().all() and B.isfinite().all()):
+    if not all(bool(end.isfinite()) for factor in (A, B) if factor.numel() for end in factor.aminmax()):
         raise ValueError(f"{OP}: the sum must have singular values that float32 holds, got larger ones")
     dtype = adapters[0].A.dtype
     return LoRA(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 EXACT = 512
@@ -14,17 +16,22 @@ that are too large; smaller than one by it is too small."""
 
 
 def truncate_product(
-    B: torch.Tensor, A: torch.Tensor, scale: torch.Tensor | None, rank: int
+    B: torch.Tensor,
+    A: torch.Tensor,
+    scale: torch.Tensor | None,
+    rank: int,
+    before: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B [out, R] @ diag(scale) @ A [R, in] -> factors (A' [rank, in], B' [out, rank]) of the nearest matrix.
 
     ``scale`` [R] is float64, None for ones. Never through the dense product: by the Gram matrices of the
     factors where these are well conditioned, else by QR of the factors and an SVD of R x R (Halko et al.,
-    2011, section 5.2).
+    2011, section 5.2), before which ``before`` is called: Gram matrices serve finite factors alone.
     """
     found = _by_gram(B, A, scale, rank)
     if found is not None:
         return found
+    before()
     if scale is not None:
         A = (A.double() * scale[:, None]).to(A.dtype)
     left, right = Reflections(B), Reflections(A.t())

@@ -13,17 +13,39 @@ from collections.abc import Sequence
 import torch
 
 HALVES = (torch.float16, torch.bfloat16)
+_PIECE = 1 << 17
+"""Elements that are scaled, rounded and added at a time."""
 
 
 def delta(A: torch.Tensor, B: torch.Tensor, scaling: float, fan_in_fan_out: bool) -> torch.Tensor:
     """scaling * B @ A as PEFT computes and rounds it, [out, in] or transposed."""
-    dtype = B.dtype
-    wide = B.is_cpu and dtype in HALVES
-    if wide:
-        A, B = A.float(), B.float()
-    product = B @ A
-    scaled = (product.T if fan_in_fan_out else product) * scaling
-    return scaled.to(dtype) if wide else scaled
+    return _scaled(_product(A, B, fan_in_fan_out), scaling, B)
+
+
+def _product(A: torch.Tensor, B: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    product = B.float() @ A.float() if _widened(B) else B @ A
+    return product.T if fan_in_fan_out else product
+
+
+def _scaled(product: torch.Tensor, scaling: float, B: torch.Tensor) -> torch.Tensor:
+    scaled = product * scaling
+    return scaled.to(B.dtype) if _widened(B) else scaled
+
+
+def _widened(B: torch.Tensor) -> bool:
+    return B.is_cpu and B.dtype in HALVES
+
+
+def _add(out: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, fan_in_fan_out: bool) -> None:
+    """out += delta: on a CPU some rows at a time, so that no copy of the product leaves the caches.
+
+    The product is made whole, as its bits may depend on its shape; those of the other steps do not.
+    """
+    product = _product(A, B, fan_in_fan_out)
+    rows = max(1, _PIECE // out.shape[1]) if out.is_cpu else len(out)
+    for first in range(0, len(out), rows):
+        piece = slice(first, first + rows)
+        out[piece] += _scaled(product[piece], scaling, B)
 
 
 class Layer:
@@ -76,8 +98,14 @@ def merge_as_peft(
     fan_in_fan_out: bool,
 ) -> None:
     """Fills ``out`` with what ``merge`` of a PEFT layer leaves in the weight."""
+    adapters = list(zip(A, B, scaling, magnitude, strict=True))
     with torch.no_grad():
+        if not any(m is not None for m in magnitude):
+            out.copy_(weight)
+            for a, b, s, _ in adapters:
+                _add(out, a, b, s, fan_in_fan_out)
+            return
         layer = Layer(weight, fan_in_fan_out)
-        for a, b, s, m in zip(A, B, scaling, magnitude, strict=True):
+        for a, b, s, m in adapters:
             layer.merge(delta(a, b, s, fan_in_fan_out), m)
         out.copy_(layer.weight)
