@@ -120,18 +120,26 @@ def run(plan: Sequence[Step], record: Record, save: Any, log: Path, limit: float
         if not why and left < 5:
             why = "out of time"
         done = {"status": "left out", "why": why} if why else execute(step, min(step.seconds, left), log)
+        done |= _keep_result(step, record)
         record["steps"].append({"name": step.name, **done})
-        if step.result is not None and step.result.exists():
-            record[step.name] = json.loads(step.result.read_text())
         save(record)
-        print(
-            f"{step.name}: {done['status']}" + (f" ({why})" if why else f", {done['seconds']:.0f} s"),
-            flush=True,
-        )
+        told = f" ({why})" if why else f", {done['seconds']:.0f} s" + done.get("result", "")
+        print(f"{step.name}: {done['status']}{told}", flush=True)
     status = {s["name"]: s["status"] for s in record["steps"]}
     if status.get("device") not in (None, "passed"):
         return NO_DEVICE
     return int(any(s in ("failed", "timeout") for s in status.values()))
+
+
+def _keep_result(step: Step, record: Record) -> Record:
+    """Put what a step wrote on record; what is half-written fails that step and stops no other."""
+    if step.result is None or not step.result.exists():
+        return {}
+    try:
+        record[step.name] = json.loads(step.result.read_text())
+    except (ValueError, OSError) as error:
+        return {"status": "failed", "result": f"; {step.result.name} cannot be read: {error}"}
+    return {}
 
 
 def _unable(step: Step, done: Sequence[Record]) -> str:

@@ -111,6 +111,7 @@ def _backward(function: Function, x: Inputs) -> Results:
 
 ROWS: dict[str, Callable[[Function, Inputs], Results]] = {
     "merge_lora": _merge_lora,
+    "merge_in_order": _merge_lora,
     "dora_norm": _dora_norm,
     "lora_linear": _forward,
     "lora_linear_backward": _backward,

@@ -23,13 +23,10 @@ P* at(Address address) {
   return reinterpret_cast<P*>(address);
 }
 
-bool divides(int64_t step, Address address) { return address % uint64_t(step) == 0; }
-
-Alignment alignment_of(int dtype, const std::vector<Address>& addresses) {
-  const auto all = [&](int64_t step) {
-    return std::all_of(addresses.begin(), addresses.end(), [&](Address a) { return divides(step, a); });
-  };
-  return all(16) ? kVectors : all(pk::dtype_size(dtype)) ? kElements : kBytes;
+Alignment least_alignment(int dtype, const std::vector<Address>& addresses) {
+  Alignment least = kVectors;
+  for (const Address address : addresses) least = std::min(least, alignment_of(address, dtype, 0));
+  return least;
 }
 
 /// A tensor to merge. Setters fill what an op needs; the rest stays neutral.
@@ -47,8 +44,8 @@ struct PyJob : Job {
     head.lambda = 1;
     head.n = int(tuned.size());
     head.out_dtype = out_dtype;
-    head.in_alignment = alignment_of(dtype, inputs);
-    head.out_alignment = alignment_of(out_dtype, {out});
+    head.in_alignment = least_alignment(dtype, inputs);
+    head.out_alignment = alignment_of(out, out_dtype, 0);
     for (size_t m = 0; m < tuned.size(); m++) {
       models[m].data = at<void>(tuned[m]);
       models[m].weight = 1;
@@ -95,7 +92,7 @@ struct PyJob : Job {
   void grad(Address grad, int dtype) {
     head.grad = at<void>(grad);
     head.grad_dtype = dtype;
-    if (alignment_of(dtype, {grad}) == kBytes) head.in_alignment = kBytes;
+    if (alignment_of(grad, dtype, 0) == kBytes) head.in_alignment = kBytes;
   }
 };
 
@@ -148,7 +145,7 @@ void run(const Jobs& jobs, int dtype, int device, Address stream_at, Address tab
   work(Launch{launched, dtype, jobs[0]->head.n, int(jobs.size()), tiles(jobs), largest, stream});
 }
 
-bool to_elements(int dtype, Address address) { return divides(pk::dtype_size(dtype), address); }
+bool to_elements(int dtype, Address address) { return alignment_of(address, dtype, 0) != kBytes; }
 
 /// Shapes, dtypes and addresses of a call; nothing of the device is asked for.
 Softmax softmax_job(Address out, int out_dtype, Address x, int dtype, int64_t outer, int64_t n, int64_t inner,

@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "cuda/merge_in_order.h"
 #include "cuda/merge_lora.h"
 #ifdef PK_EMULATED
 #include "emulated/mma.h"
@@ -21,13 +22,6 @@ using Address = uintptr_t;
 template <class P>
 P* at(Address address) {
   return reinterpret_cast<P*>(address);
-}
-
-/// Of rows that lie one behind the other.
-Alignment alignment_of(Address address, int dtype, int64_t cols) {
-  const auto size = uint64_t(dtype_size(dtype));
-  if (address % 16 == 0 && uint64_t(cols) * size % 16 == 0) return kVectors;
-  return address % size == 0 ? kElements : kBytes;
 }
 
 /// A weight and its adapters.
@@ -79,6 +73,30 @@ void run_layers(const PyLayers& layers, int device, Address stream, Address tabl
   run(launch, device, at<char>(table), at_stream(stream));
 }
 
+using RunInOrder = void (*)(const OrderedMerge&, cudaStream_t);
+
+template <RunInOrder run>
+void run_in_order(Address out, int out_dtype, Address weight, int dtype, int64_t rows, int64_t cols,
+                  Address left, Address right, int64_t rank, Address scale, bool by_column, int device,
+                  Address stream) {
+  const OrderedMerge job{at<void>(out),
+                         at<void>(weight),
+                         at<float>(left),
+                         at<float>(right),
+                         at<float>(scale),
+                         rows,
+                         cols,
+                         rank,
+                         out_dtype,
+                         dtype,
+                         alignment_of(out, out_dtype, cols),
+                         alignment_of(weight, dtype, cols),
+                         by_column};
+  const py::gil_scoped_release release;
+  const OnDevice here(device);
+  run(job, at_stream(stream));
+}
+
 }  // namespace
 
 void add_lora(py::module_& m) {
@@ -88,6 +106,8 @@ void add_lora(py::module_& m) {
   m.def("lora_table_bytes", [](const PyLayers& layers) { return lora_table_bytes(launch_of(layers)); });
   m.def("merge_lora", &run_layers<merge_lora>);
   m.def("lora_squares", &run_layers<lora_squares>);
+  m.def("merge_in_order", &run_in_order<merge_in_order>);
+  m.def("squares_in_order", &run_in_order<squares_in_order>);
 #ifdef PK_EMULATED
   m.def("lora_room", [](int64_t shared, int processors) { lora_room = {shared, processors}; });
   m.def("multiply", [](Address sum, Address left, Address right, int dtype) {

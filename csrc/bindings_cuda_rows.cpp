@@ -22,15 +22,9 @@ using PySink = std::tuple<int, PyMatrix, float>;                 // rank, out, s
 using PyDropout = std::tuple<int, uint32_t, uint64_t, int64_t>;  // side, threshold, key, columns
 using PyPlaces = std::tuple<Address, int64_t, Address, int>;     // index, its step, table, adapters
 
-int alignment_of(Address at, int dtype, bool side_by_side, int64_t row) {
-  const int64_t size = dtype_size(dtype);
-  if (side_by_side && at % 16 == 0 && row * size % 16 == 0) return kVectors;
-  return at % uint64_t(size) == 0 ? kElements : kBytes;
-}
-
 Matrix matrix_of(const PyMatrix& given) {
   const auto [at, dtype, row, col] = given;
-  return {reinterpret_cast<const char*>(at), row, col, dtype, alignment_of(at, dtype, col == 1, row)};
+  return {reinterpret_cast<const char*>(at), row, col, dtype, alignment_of(at, dtype, row, col == 1)};
 }
 
 Dropout dropout_of(const PyDropout& given) {
@@ -82,7 +76,7 @@ Rows rows_of(Address out, int out_dtype, Address low, int64_t low_step, Address 
   LoraRows& job = call.job;
   job.out = reinterpret_cast<void*>(out);
   job.out_dtype = out_dtype;
-  job.out_alignment = alignment_of(out, out_dtype, true, n);
+  job.out_alignment = alignment_of(out, out_dtype, n);
   job.low = reinterpret_cast<float*>(low);
   job.low_step = low_step;
   job.bias = reinterpret_cast<const void*>(bias);

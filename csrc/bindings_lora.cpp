@@ -7,22 +7,16 @@
 #include "bindings_tensors.h"
 #include "drive/lora_linear.h"
 #include "drive/process.h"
-#include "exchange.h"
-#include "objects.h"
+#include "lent.h"
 
 namespace pk {
 namespace {
 
 /// What calls need of torch and of the package; borrowed from `lend_layers`, which keeps it for good.
-struct {
-  const exchange::Api* api = nullptr;
+struct : Lent {
   PyTypeObject *tensor = nullptr, *parameter = nullptr, *adapter = nullptr;
-  PyObject *forced = nullptr, *recording = nullptr, *threads = nullptr;
-  PyObject *requires_grad = nullptr, *new_empty = nullptr;
-  Method is_neg;
+  PyObject *recording = nullptr, *new_empty = nullptr;
   int64_t float_rows = 0;
-  Watches watches;
-  Storages storages;
 } lent;
 
 constexpr int64_t kSmall = 1 << 17;  // multiplications below which a second thread starts too late
@@ -41,9 +35,8 @@ struct Operand {
       return;
     }
     if (at.device_type != exchange::kCpu || !at.data || at.ndim < 1) return;
-    if (recording && !says_no(PyObject_GetAttr(object, lent.requires_grad))) return;
-    if (!lent.storages.hold(object, exchange::bytes_of(at), at.bits / 8)) return;
-    taken = says_no(lent.is_neg.of(object));
+    if (recording && !lent.wants_no_gradient(object)) return;
+    taken = lent.has_memory(object, at) && lent.holds_values(object);
   }
   int dtype() const { return taken ? exchange::dtype_of(at) : -1; }
   bool is(int64_t rows, int64_t columns) const {
@@ -159,15 +152,12 @@ struct Call {
   }
 };
 
-/// Whether the context leaves the choice of a backend to us, and nobody waits for an operator.
-bool chosen_freely() { return lent.api && holds_none(lent.forced) && lent.watches.none(); }
-
 bool records() { return !says_no(PyObject_CallNoArgs(lent.recording)); }
 
 /// layer(x, weight, lora_A, lora_B, scaling, bias): the result; None, and nothing done, where a question is
 /// open.
 PyObject* layer(PyObject* const* given) {
-  if (!chosen_freely()) Py_RETURN_NONE;
+  if (!lent.chosen_freely()) Py_RETURN_NONE;
   Call call(given[0], given[1], records());
   if (!call.taken || !call.add(given[2], given[3], given[4]) || !call.add_bias(given[5])) Py_RETURN_NONE;
   return call.run(given[0]);
@@ -193,7 +183,7 @@ bool add_index(const Operand& index, Call& call) {
 
 /// layers(x, weight, adapters, index, bias): the same with an adapter for every row.
 PyObject* layers(PyObject* const* given) {
-  if (!chosen_freely()) Py_RETURN_NONE;
+  if (!lent.chosen_freely()) Py_RETURN_NONE;
   if (!PyList_CheckExact(given[2]) && !PyTuple_CheckExact(given[2])) Py_RETURN_NONE;
   const Held adapters(PySequence_Tuple(given[2]));  // ours, as a list could be changed meanwhile
   if (!adapters.object) return nullptr;
@@ -210,20 +200,13 @@ PyObject* layers(PyObject* const* given) {
 /// whether calls will be taken.
 PyObject* lend_layers(PyObject* const* given) {
   for (int i = 0; i < 8; i++) Py_INCREF(given[i]);
-  lent.api = exchange::of_type(given[0]);
   lent.tensor = reinterpret_cast<PyTypeObject*>(given[0]);
   lent.parameter = reinterpret_cast<PyTypeObject*>(given[1]);
   lent.adapter = reinterpret_cast<PyTypeObject*>(given[2]);
-  lent.forced = given[3];
   lent.recording = given[4];
-  lent.threads = given[5];
   lent.float_rows = PyLong_AsLongLong(given[6]);
-  lent.watches.take(given[7]);
-  lent.storages.take(given[0]);
-  lent.is_neg.take(given[0], "is_neg");
-  lent.requires_grad = PyUnicode_InternFromString("requires_grad");
   lent.new_empty = PyUnicode_InternFromString("new_empty");
-  return PyBool_FromLong(lent.api != nullptr);
+  return PyBool_FromLong(lent.take(given[0], given[3], given[5], given[7]));
 }
 
 template <PyObject* (*function)(PyObject* const*), Py_ssize_t wanted>

@@ -5,21 +5,15 @@
 #include <new>
 
 #include "drive/softmax.h"
-#include "exchange.h"
-#include "objects.h"
+#include "lent.h"
 
 namespace pk {
 namespace {
 
 /// What calls need of torch; borrowed from `lend_tensors`, which keeps it for the life of the process.
-struct {
-  const exchange::Api* api = nullptr;
+struct : Lent {
   PyTypeObject* type = nullptr;
-  PyObject *forced = nullptr, *empty_like = nullptr, *written = nullptr, *threads = nullptr;
-  PyObject* requires_grad = nullptr;
-  Method is_neg;
-  Watches watches;
-  Storages storages;
+  PyObject *empty_like = nullptr, *written = nullptr;
 } lent;
 
 /// What the question for memory needs; from `know_tensors`, for good.
@@ -47,15 +41,9 @@ struct Rows {
     dtype = exchange::dtype_of(at);
     const int64_t count = exchange::contiguous_elements(at);
     if (at.device_type != exchange::kCpu || dtype < 0 || at.ndim < 1 || count < 1 || !at.data) return;
-    if (fresh || lent.storages.hold(object, exchange::bytes_of(at), at.bits / 8)) elements = count;
+    if (fresh || lent.has_memory(object, at)) elements = count;
   }
 };
-
-/// Whether memory holds the values themselves. A negated view is the one thing that the protocol hides.
-bool holds_values(PyObject* tensor) { return says_no(lent.is_neg.of(tensor)); }
-
-/// Whether the context leaves the choice of a backend to us, and nobody waits for an operator.
-bool chosen_freely() { return holds_none(lent.forced) && lent.watches.none(); }
 
 bool last_dimension(PyObject* dim, int ndim) {
   if (!PyLong_CheckExact(dim)) return false;
@@ -135,32 +123,25 @@ PyObject* know_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 6) return PyErr_Format(PyExc_TypeError, "lend_tensors: takes 6 arguments, got %zd", count);
   for (int i = 0; i < 6; i++) Py_INCREF(given[i]);
-  lent.api = exchange::of_type(given[0]);
   lent.type = reinterpret_cast<PyTypeObject*>(given[0]);
-  lent.forced = given[1];
   lent.empty_like = given[2];
   lent.written = given[3];
-  lent.threads = given[4];
-  lent.watches.take(given[5]);
-  lent.storages.take(given[0]);
-  lent.is_neg.take(given[0], "is_neg");
-  lent.requires_grad = PyUnicode_InternFromString("requires_grad");
-  return PyBool_FromLong(lent.api != nullptr);
+  return PyBool_FromLong(lent.take(given[0], given[1], given[4], given[5]));
 }
 
 /// The result over the last dimension of x; None, and nothing done, where a question is open.
 PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
-  if (!lent.api || !chosen_freely()) Py_RETURN_NONE;
+  if (!lent.chosen_freely()) Py_RETURN_NONE;
   const Rows x(object);
   const bool fresh = given == Py_None;
   if (!x.elements || !last_dimension(dim, x.at.ndim) || (fresh && x.elements >= kPages)) Py_RETURN_NONE;
-  if (!says_no(PyObject_GetAttr(object, lent.requires_grad)) || !holds_values(object)) Py_RETURN_NONE;
+  if (!lent.wants_no_gradient(object) || !lent.holds_values(object)) Py_RETURN_NONE;
   const Held out(fresh ? PyObject_CallOneArg(lent.empty_like, object) : Py_NewRef(given));
   if (!out.object) return nullptr;
   const Rows y(out.object, fresh);
   if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
   if (!fresh) {
-    if (given != object && !holds_values(given)) Py_RETURN_NONE;
+    if (given != object && !lent.holds_values(given)) Py_RETURN_NONE;
     const Held changed(PyTuple_Pack(1, given));
     if (!changed.object || !Held(PyObject_CallOneArg(lent.written, changed.object)).object) return nullptr;
   }

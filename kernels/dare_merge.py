@@ -45,7 +45,7 @@ def dare_merge(
     """Drop by stateless draws, then add up or elect and average: one pass."""
     if out.numel():
         job = Job(out, base, tuned, weight, vote, share, lambda_, threshold, model, None, offset, key)
-        grouping.submit(_RUN[elect], job.kind(), job, out.numel())
+        grouping.submit(_RUN[elect], job.kind(), job, out.numel(), out.device)
 
 
 def _merge(elect: str | None) -> grouping.Run[Job]:

@@ -27,7 +27,7 @@ def linear_merge(out: torch.Tensor, base: torch.Tensor | None, tuned: Tensors, w
     """out = base + sum(weight * (tuned - base)), or sum(weight * tuned) without a base."""
     if out.numel():
         job = Job(out, base, tuned, weight)
-        grouping.submit(_run, job.kind(), job, out.numel())
+        grouping.submit(_run, job.kind(), job, out.numel(), out.device)
 
 
 task_arithmetic = linear_merge

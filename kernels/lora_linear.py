@@ -16,6 +16,8 @@ from pykernels.kernels.lora_rows import FACTOR_A, FACTOR_B, Adapter, Gradients, 
 from pykernels.kernels.lora_shrink import DROPS_NOTHING, shrink
 
 KEEPS_ALL = (DROPS_NOTHING, 0)
+MOST_ROWS = 2**31 - 1
+"""Kernels number rows in 32 bits (``lora_rows.rows_at``); a result of so many would rarely fit a device."""
 
 
 def lora_linear(
@@ -31,8 +33,10 @@ def lora_linear(
 ) -> None:
     """out [M, N] = x [M, K] W^T + s h B^T + bias, and h [M, ranks] = (x without what is dropped) A^T.
 
-    Rows whose index names no adapter and is not -1 become NaN.
+    Rows whose index names no adapter and is not -1 become NaN. Raises ValueError for more than MOST_ROWS.
     """
+    if x.shape[0] > MOST_ROWS:
+        raise ValueError(f"lora_linear: x must have at most {MOST_ROWS} rows in Triton, got {x.shape[0]}")
     rows, factors = sort_rows(index), factors_of(adapters, index)
     shrink(h, x, rows, factors, FACTOR_A, (threshold, _signed(key)))
     bias = None if bias is None else bias.resolve_neg().contiguous()

@@ -225,7 +225,7 @@ def merge_lora(
     job = Job(out, weight, A, B, factors, scale, fan_in_fan_out)
     fixed = job.constants()
     kind = (weight.device, out.dtype, scale is None, *fixed.values())
-    grouping.submit(_merge, kind, job, out.numel())
+    grouping.submit(_merge, kind, job, out.numel(), out.device)
 
 
 def _merge(jobs: list[Job]) -> None:

@@ -48,7 +48,7 @@ def ties_merge(
     """Trim by known cuts, elect, average: one pass."""
     if out.numel():
         job = Job(out, base, tuned, weight, vote, share, lambda_, cut.key, cut.last, offset=offset)
-        grouping.submit(_RUN[elect], job.kind(), job, out.numel())
+        grouping.submit(_RUN[elect], job.kind(), job, out.numel(), out.device)
 
 
 def _merge(elect: str | None) -> grouping.Run[Job]:
@@ -74,7 +74,7 @@ def ties_fused(
     if out.numel():
         job = Job(out, base, tuned, weight, vote, share, lambda_, ranks=selection.ranks(k, out.numel()))
         key = kind_of(job, selection.small(job))
-        grouping.submit(_FUSED[elect, tie], key, job, out.numel())
+        grouping.submit(_FUSED[elect, tie], key, job, out.numel(), out.device)
 
 
 def _fuse(elect: str | None, tie: str) -> grouping.Run[Job]:

@@ -147,5 +147,35 @@ def elect_sign(jobs: list[Job], dtype: int, device: int, stream: int, table: int
 def lora_table_bytes(layers: list[Layer]) -> int: ...
 def merge_lora(layers: list[Layer], device: int, stream: int, table: int) -> None: ...
 def lora_squares(layers: list[Layer], device: int, stream: int, table: int) -> None: ...
+def merge_in_order(
+    out: int,
+    out_dtype: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    left: int,
+    right: int,
+    rank: int,
+    scale: int,
+    by_column: bool,
+    device: int,
+    stream: int,
+) -> None: ...
+def squares_in_order(
+    out: int,
+    out_dtype: int,
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    left: int,
+    right: int,
+    rank: int,
+    scale: int,
+    by_column: bool,
+    device: int,
+    stream: int,
+) -> None: ...
 def memory() -> str: ...
 def unavailable() -> str | None: ...

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,10 @@ TABLE["merge_lora"] = {
     "triton": "pykernels.kernels.merge_lora:merge_lora",
     "ref": "pykernels.ref.merge_lora:merge_lora",
 }
+TABLE["merge_in_order"] = {  # as the CPU's merge_lora, to the bit, for files that any device may write
+    "cpu": "pykernels.merge_lora_cpu:merge_lora",
+    "cuda": "pykernels.merge_in_order_cuda:merge_in_order",
+}
 TABLE |= {
     op: {
         "cpu": f"pykernels.lora_linear_cpu:{op}",
@@ -112,6 +116,15 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def host_context() -> Context:
+    """A copy of the context for work on host memory: without a forced backend that does not run there."""
+    context = copy_context()
+    forced = _forced.get()
+    if forced is not None and missing(forced) is None and _runs_on(forced) not in (None, "cpu"):
+        context.run(_forced.set, None)
+    return context
 
 
 def _require(name: str) -> None:

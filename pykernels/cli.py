@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pykernels.console import SEED, THREADS, planning, run_merge, writing
+from pykernels.console import SEED, THREADS, device, planning, run_merge, writing
 from pykernels.engine.collector import no_collection
 from pykernels.lora_commands import lora
 from pykernels.terminal import gigabytes, print_table, printable
@@ -51,10 +51,7 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--device", default="cpu", show_default=True, help="Where to merge: cpu, cuda, cuda:1 or cuda:0,cuda:1."
-)
-@click.option("--device-memory", help="Bound on the memory of every device (default: half of what is free).")
+@device
 @SEED
 @writing
 @planning

@@ -35,6 +35,21 @@ def planning(command: Command) -> Command:
     return command
 
 
+def device(command: Command) -> Command:
+    """Where tensors are merged."""
+    for option in (
+        click.option(
+            "--device-memory", help="Bound on the memory of every device (default: half of what is free)."
+        ),
+        click.option(
+            "--device", default="cpu", show_default=True,
+            help="Where to merge: cpu, cuda, cuda:1 or cuda:0,cuda:1.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 SEED = click.option("--seed", type=int, help="Overrides the recipe's seed (default 0).")
 THREADS = click.option("--threads", type=click.IntRange(1), help="Compute threads (default: torch's number).")
 

@@ -353,7 +353,7 @@ def _submit(run: Callable[[list[Job]], None], out: torch.Tensor, job: Job) -> No
     """Alone or in a group, on the stream that is current now; an empty tensor needs no kernel."""
     if out.numel():
         key = (out.device, job.like.dtype, job.models, *job.options)
-        grouping.submit(run, key, job, out.numel())
+        grouping.submit(run, key, job, out.numel(), out.device)
 
 
 def _run_linear(jobs: list[Job]) -> None:

@@ -31,9 +31,11 @@ class Group:
         self._waiting: dict[tuple[Callable[..., None], Hashable, torch.cuda.Stream | None], list[object]] = {}
         self._elements = self._count = 0
 
-    def add(self, run: Callable[..., None], key: Hashable, job: object, elements: int) -> None:
-        """Keep ``job``; run all that wait when they have become many."""
-        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    def add(
+        self, run: Callable[..., None], key: Hashable, job: object, elements: int, device: torch.device
+    ) -> None:
+        """Keep ``job`` for the stream that is current on its ``device``; run all that wait when many do."""
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._waiting.setdefault((run, key, stream), []).append(job)
         self._elements += elements
         self._count += 1
@@ -81,10 +83,13 @@ def alone() -> Iterator[None]:
         _group.reset(token)
 
 
-def submit(run: Run[Job], key: Hashable, job: Job, elements: int) -> None:
-    """Run ``job`` alone at once, or with others of its ``key`` later, when inside a group and small."""
+def submit(run: Run[Job], key: Hashable, job: Job, elements: int, device: torch.device) -> None:
+    """Run ``job`` alone at once, or with others of its ``key`` later, when inside a group and small.
+
+    ``device``: its tensors'. It runs on the stream that is current there now.
+    """
     group = _group.get()
     if group is None or elements > SMALL:
         run([job])
     else:
-        group.add(run, key, job, elements)
+        group.add(run, key, job, elements, device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pykernels.console import DOWNLOAD, planning, run_merge, writing
+from pykernels.console import DOWNLOAD, device, planning, run_merge, writing
 from pykernels.engine.collector import no_collection
 from pykernels.terminal import gigabytes, printable
 
@@ -34,6 +34,7 @@ def lora() -> None:
     "--rounding", type=click.Choice(["once", "peft"]), default="once", show_default=True,
     help="once: sum in float32, round once; peft: bit for bit as merge_and_unload.",
 )  # fmt: skip
+@device
 @writing
 @planning
 def merge(

@@ -50,7 +50,7 @@ def merge_lora(
     scales, behind = _scales(weight, A, B, scaling, magnitude, fan_in_fan_out)
     job = _job(out, CODES[out.dtype], weight, A, B, scaling, scales, behind, fan_in_fan_out)
     # No scratch memory waits with it, so even a large weight may: a launch's last blocks are what costs.
-    grouping.submit(_run_merge, (out.device, weight.dtype), job, 0)
+    grouping.submit(_run_merge, (out.device, weight.dtype), job, 0, out.device)
 
 
 def dora_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -104,6 +104,13 @@ def assert_within(out: torch.Tensor, truth: torch.Tensor, terms: Terms) -> None:
         raise AssertionError(f"{len(bad)} of {got.numel()} elements outside the bound:\n" + "\n".join(rows))
 
 
+def assert_same_specials(out: torch.Tensor, truth: torch.Tensor) -> None:
+    """Infinities of a sign and NaN stand where the truth has them."""
+    assert torch.equal(out.isnan(), truth.isnan())
+    for infinity in (float("inf"), float("-inf")):
+        assert torch.equal(out == infinity, truth == infinity)
+
+
 def assert_same_bits(got: torch.Tensor, wanted: torch.Tensor) -> None:
     """Equal dtype, shape and bits, NaN and the sign of zero included."""
     assert got.dtype == wanted.dtype and got.shape == wanted.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,3 +71,17 @@ def assert_backward(found, c: Layer, kept: torch.Tensor | None, *, ours: bool = 
     for got, wanted, room, roundings in zip(found, *flat, terms, strict=True):
         if got is not None:
             assert_within_sum(got, wanted, room, roundings)
+
+
+def spiked(dtype: torch.dtype, low: torch.dtype, *, rows: int = 5) -> Layer:
+    """Whole numbers, exact in every dtype, so that remainders are 0, and infinities in factors beside a 0."""
+    c = layer(rows, 20, 40, [3], dtype, low=low)
+    whole = {name: (getattr(c, name) * 4).round().clamp(-3, 3) for name in ("x", "weight", "grad", "bias")}
+    [f] = c.adapters
+    A, B = ((t * 4).round().clamp(-3, 3) for t in (f.A, f.B))
+    A[A == 0] = B[B == 0] = 1
+    A[0, 2], A[2, 9], B[3, 1], B[7, 0] = math.inf, -math.inf, -math.inf, math.nan
+    x, grad = whole["x"], whole["grad"]
+    x[:, 2], grad[:, 3] = 2, -1
+    x[1, 2] = grad[2, 3] = 0
+    return c._replace(**whole, adapters=[f._replace(A=A, B=B)])

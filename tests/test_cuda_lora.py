@@ -14,10 +14,12 @@ import torch
 
 import pykernels as pk
 from pykernels import backends
+from pykernels.ref import lora_linear as ref
 from pykernels.ref.lora_linear import Factors
-from tests.bounds import assert_same_bits
+from tests.bounds import assert_same_bits, assert_same_specials
 from tests.cases import DTYPES, SHORT
 from tests.cuda_layers import (
+    ALL,
     DEALS,
     KEY,
     assert_near,
@@ -31,7 +33,7 @@ from tests.cuda_layers import (
     nans,
     put,
 )  # fmt: skip
-from tests.lora_layers import kept_of, layer
+from tests.lora_layers import kept_of, layer, spiked
 from tests.walls import Walls
 from tests.where import EMULATED
 
@@ -177,6 +179,19 @@ def test_what_is_dropped_is_gone_and_only_that(k):
     by_x, _, by_a, _ = backward(zero._replace(x=x), low, HALF)
     assert torch.equal(by_x.cpu() != 0, kept) and by_a.isfinite().all()
     assert bool((forward(c, 0)[1] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_what_is_not_finite_comes_out_as_in_float32_arithmetic(dtype):
+    """Though numbers are multiplied in parts, and infinity times a part that is 0 is none of its products."""
+    c = spiked(dtype, torch.float32)
+    out, h = forward(c)
+    assert_same_specials(h.cpu(), c.x.double() @ c.adapters[0].A.double().t())
+    assert_same_specials(out.cpu(), ref.lora_linear(*c[:5], None))
+    x, _, A, B = backward(c, h, ALL)
+    truth = ref.lora_linear_backward(c.grad, *c[:4], None)
+    for got, wanted in ((x, truth.x), (A, truth.A[0]), (B, truth.B[0])):
+        assert_same_specials(got.cpu(), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)

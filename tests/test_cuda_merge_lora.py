@@ -14,9 +14,10 @@ import torch
 import pykernels as pk
 from pykernels import LoRA, backends, grouping
 from pykernels.ref.rounding import NAN, round_once
-from tests.bounds import U, assert_same_bits
+from tests.bounds import U, assert_same_bits, assert_same_specials
 from tests.cases import DTYPES, SHORT
 from tests.lora_cases import adapter, assert_merged, cut_of, random, split, truth, weight
+from tests.lora_layers import spiked
 from tests.test_merge_lora import several
 from tests.walls import Walls
 from tests.where import DEVICE, EMULATED, there
@@ -222,6 +223,18 @@ def test_special_values(dtype):
     assert not bool(run(w, [a])[:, 7].isfinite().any())
     zero = LoRA(torch.ones(2, 20), a.B * 0, 1.0, torch.ones(8))
     assert bool(run(w * 0, [zero]).isnan().any())
+
+
+@pytest.mark.parametrize("low", DTYPES, ids=SHORT.get)
+def test_what_is_not_finite_comes_out_as_in_float32_arithmetic(low):
+    """Beside factors of each dtype, whose remainders are 0 here."""
+    c = spiked(torch.bfloat16, low)
+    [f] = c.adapters
+    for other in DTYPES:
+        adapters = [LoRA(f.A, f.B.to(other), 0.5)]
+        assert_same_specials(run(c.weight, adapters), truth(c.weight, adapters))
+        turned = [LoRA(f.B.t(), f.A.t().to(other), 0.5)]
+        assert_same_specials(run(c.weight, turned, True), truth(c.weight, turned, True))
 
 
 def test_out_of_another_dtype():

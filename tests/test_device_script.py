@@ -69,6 +69,19 @@ def test_steps_are_on_record_whatever_happens(tmp_path):
     assert "== bad: " in (tmp_path / "log").read_text()
 
 
+def test_a_step_that_dies_while_it_writes_fails_and_stops_nothing(tmp_path):
+    steps = []
+    for name, written in (("half", "b'[7, '"), ("bytes", "bytes([255])")):
+        result = tmp_path / f"{name}.json"
+        code = f"open({str(result)!r}, 'wb').write({written})"
+        steps.append(Step(name, python(code), 20, result=result))
+    status, done, record = carry_out([*steps, Step("next", python("1"), 20)], tmp_path)
+    assert status == 1 and done["next"]["status"] == "passed"
+    for name in ("half", "bytes"):
+        assert done[name]["status"] == "failed" and name not in record
+        assert done[name]["result"].startswith(f"; {name}.json cannot be read: ")
+
+
 def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     child = tmp_path / "child"
     code = (

@@ -45,6 +45,7 @@ FLOORS = (
         "native",
         "merge_lora_cpu",
         "merge_lora_cuda",
+        "merge_in_order_cuda",
         "cuda",
         "kernels",
         "check",

@@ -21,7 +21,6 @@ from pykernels.engine.verify import verify
 from pykernels.ops.lora import LoRA
 from tests.adapter_files import PREFIX, factors, write_adapter, write_base, write_experts, write_mixed
 from tests.checkpoints import bits, load, same, write_model
-from tests.stand_in import install
 
 
 @pytest.fixture(scope="module")
@@ -159,22 +158,6 @@ def test_recipes_take_models_with_adapters(home, tmp_path, method):
     assert same(load(tmp_path / "direct"), load(tmp_path / "first"))
     report = verify(tmp_path / "direct", samples=20)
     assert report.ok and len(report.recomputed) == 6, str(report)
-
-
-@pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_devices_leave_tensors_with_adapters_to_the_cpu(home, tmp_path, monkeypatch, scope):
-    install(monkeypatch, late=0.0)
-    recipe = {
-        "merge_method": "ties",
-        "scope": scope,
-        "base_model": str(home / "base"),
-        "models": [{"model": f"{home / 'base'}+{home / name}"} for name in ("a", "dora")],
-        "parameters": {"weight": 1, "density": 0.3},
-    }
-    report = merge(recipe, tmp_path / "device", device="cuda:0")
-    merge(recipe, tmp_path / "cpu")
-    assert same(load(tmp_path / "device"), load(tmp_path / "cpu"))
-    assert "3 tensors with adapters are merged on the CPU, not on cuda:0" in report.warnings
 
 
 def test_one_model_in_two_ways_is_refused(home):

@@ -216,7 +216,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             real(*job)
 
     def submit(*job: Any) -> None:
-        grouping.submit(run, "linear", job, job[2].numel())
+        grouping.submit(run, "linear", job, job[2].numel(), job[2].device)
 
     monkeypatch.setattr(Linear, "merge", submit)
     return seen

@@ -102,7 +102,7 @@ def test_tensors_are_aligned_and_apart(home: Path) -> None:
         spans = []
         for part, at in zip(load.parts, load.places, strict=True):
             widths = [schedules.TORCH_DTYPE[s.dtype].itemsize for s in part.out.sources]
-            spans += [(a, a + part.count * w) for a, w in zip(at.sources, widths, strict=True)]
+            spans += [(a, a + part.count * w) for ((_, a),), w in zip(at.sources, widths, strict=True)]
             spans += [(a, a + part.count * 4) for a in at.wide if a is not None]
             spans.append((at.out, at.out + part.count * schedules.TORCH_DTYPE[part.out.dtype].itemsize))
             assert at.out >= load.outs

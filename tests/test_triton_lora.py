@@ -18,13 +18,14 @@ pytest.importorskip("triton")
 import pykernels as pk
 from pykernels import grouping
 from pykernels.kernels import launch, lora_linear, lora_shapes, merge_lora
+from pykernels.ref import lora_linear as ref
 from pykernels.ref.lora_linear import Factors
 from pykernels.ref.philox import draws
 from pykernels.ref.rounding import NAN
-from tests.bounds import assert_same_bits, assert_within_sum
+from tests.bounds import assert_same_bits, assert_same_specials, assert_within_sum
 from tests.cases import DTYPES
 from tests.lora_cases import adapter, assert_merged, split, truth, weight
-from tests.lora_layers import assert_backward, assert_forward, kept_of, layer
+from tests.lora_layers import assert_backward, assert_forward, kept_of, layer, spiked
 from tests.walls import Walls
 from tests.where import DEVICE, EMULATED, rows_of, there
 
@@ -211,6 +212,13 @@ def test_the_ops_reach_the_kernels():
     assert_same_bits(merged.cpu(), run_merge(c.weight, [pk.LoRA(*c.adapters[0])], False))
 
 
+def test_more_rows_than_are_numbered_are_refused():
+    c = layer(1, 4, 4, [2], HALVES)
+    x = c.x.expand(2**31, 4)
+    with pytest.raises(ValueError, match="x must have at most 2147483647 rows in Triton, got 2147483648"):
+        lora_linear.lora_linear(x, x, x, c.weight, c.adapters, None, None)
+
+
 def test_special_values_come_through():
     c = layer(6, 40, 50, [3], HALVES)
     c.x[1, 7], c.x[2, 3], c.bias[5] = math.nan, math.inf, -math.inf
@@ -281,6 +289,20 @@ def test_a_group_of_merges_is_one_launch(monkeypatch):
     assert len(launches) == 1
     for out, (w, adapters) in zip(outs, given, strict=True):
         assert_same_bits(out.cpu(), run_merge(w, adapters, False))
+
+
+def test_what_is_not_finite_comes_out_as_in_float32_arithmetic():
+    """Though numbers are multiplied in parts, and infinity times a part that is 0 is none of its products."""
+    c = spiked(HALVES, WIDE)
+    out, h = forward(c)
+    assert_same_specials(h.cpu(), c.x.double() @ c.adapters[0].A.double().t())
+    assert_same_specials(out, ref.lora_linear(*c[:5], None))
+    x, _, A, B = backward(c, h)
+    exact = ref.lora_linear_backward(c.grad, *c[:4], None)
+    for got, wanted in ((x, exact.x), (A, exact.A[0]), (B, exact.B[0])):
+        assert_same_specials(got, wanted)
+    adapters = [pk.LoRA(a.A, a.B, a.scaling) for a in c.adapters]
+    assert_same_specials(run_merge(c.weight, adapters, False), truth(c.weight, adapters))
 
 
 def test_merging_in_place_and_special_values():

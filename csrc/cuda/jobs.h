@@ -13,6 +13,13 @@ constexpr int kThreads = 256;
 enum Combine : int { kSum = 0, kWeighted = 1, kPlain = 2 };
 enum Alignment : int { kBytes = 0, kElements = 1, kVectors = 2 };  // of 16 bytes
 
+/// Of rows that begin `step` elements apart, each of which lies one element behind the other, or does not.
+inline Alignment alignment_of(uintptr_t address, int dtype, int64_t step, bool side_by_side = true) {
+  const auto size = uint64_t(dtype_size(dtype));
+  if (side_by_side && address % 16 == 0 && uint64_t(step) * size % 16 == 0) return kVectors;
+  return address % size == 0 ? kElements : kBytes;
+}
+
 /// One model's part in a merge.
 struct Model {
   const void* data;

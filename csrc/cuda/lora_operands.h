@@ -104,12 +104,21 @@ template <int lefts, int rights>
 __device__ __forceinline__ void multiply_parts(float (&sum)[4], const uint32_t (&left)[lefts][4],
                                                const uint32_t (&right)[rights][2], int left_parts,
                                                int right_parts) {
+  uint32_t calm_left[1][4], calm_right[1][2];  // of first parts, beside remainders
+#pragma unroll
+  for (int w = 0; w < 4; w++) calm_left[0][w] = rights > 1 ? calm(left[0][w]) : 0;
+#pragma unroll
+  for (int w = 0; w < 2; w++) calm_right[0][w] = lefts > 1 ? calm(right[0][w]) : 0;
 #pragma unroll
   for (int both = kMostParts - 1; both >= 0; both--)
 #pragma unroll
     for (int i = 0; i <= both; i++)
       if (i < lefts && both - i < rights)
-        if (i < left_parts && both - i < right_parts) multiply_bf16(sum, left[i], right[both - i]);
+        if (i < left_parts && both - i < right_parts) {
+          const auto* a = i == 0 && both > 0 ? calm_left : left + i;
+          const auto* b = i == both && both > 0 ? calm_right : right + (both - i);
+          multiply_bf16(sum, *a, *b);
+        }
 }
 
 template <class Kind>

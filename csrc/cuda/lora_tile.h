@@ -182,19 +182,21 @@ __device__ inline void fill(char* room, const Group* groups, int count, int64_t 
 }
 
 /// sums = start + left @ right of 16 ranks, for one part of each: fragments from shared memory, eight
-/// products.
+/// products. `calm_left`, `calm_right`: the other one is a remainder.
 template <class T>
 __device__ __forceinline__ void multiply_parts(const char* left, const char* right, const Sums& start,
-                                               Sums& sums) {
+                                               Sums& sums, bool calm_left = false, bool calm_right = false) {
   const int thread = thread_asked(), warp = thread / 32, row = thread % 8, matrix = thread % 32 / 8;
   uint32_t a[kDown][4];
 #pragma unroll
   for (int m = 0; m < kDown; m++)
     load_matrices(a[m], left + (matrix / 2 * kLoraRows + warp / 4 * 32 + m * 16 + matrix % 2 * 8 + row) * 16);
+  if (calm_left) calm(a[0]), calm(a[1]);
 #pragma unroll
   for (int j = 0; j < kAcross; j += 2) {
     uint32_t b[4];
     load_matrices(b, right + (matrix % 2 * kLoraColumns + warp % 4 * 32 + (j + matrix / 2) * 8 + row) * 16);
+    if (calm_right) calm(b);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       const uint32_t column[2] = {b[k / 2 * 2], b[k / 2 * 2 + 1]};
@@ -240,7 +242,7 @@ __device__ inline void multiply_groups(const Layer& layer, const Group* groups, 
     } else {
       clear(sums);
       each_pair(g.left_parts, g.right_parts, [&](int i, int j) {
-        multiply_parts<bf16>(of_left + i * kLeftSlot, of_right + j * kRightSlot, sums, sums);
+        multiply_parts<bf16>(of_left + i * kLeftSlot, of_right + j * kRightSlot, sums, sums, j > 0, i > 0);
       });
     }
     if (g.scale_at) {

@@ -9,6 +9,10 @@
 // behavior of NVIDIA tensor cores", section 4), so a product is off by at most kCut of the largest of what it
 // adds: two steps of 8 products and a sum, each of nine numbers that lose half a unit of 2^-23 and a result
 // that loses one; newer ones, which add 16 at once and keep more bits, lose less.
+//
+// Infinity times a remainder that is 0 would be a NaN, so beside remainders stands a first part with its
+// infinities and NaN made finite (`calm`): what is not finite meets the other number's first part alone,
+// which has the sign and, above 2^-133, the zeroness of the whole, and comes out as in float32 arithmetic.
 #pragma once
 #include <type_traits>
 
@@ -44,6 +48,13 @@ __device__ __forceinline__ void multiply_f16(float (&sum)[4], const uint32_t (&l
         "f"(start[1]), "f"(start[2]), "f"(start[3]));
 }
 
+/// Two bf16 of a word, each at most the largest that is finite; a NaN becomes that.
+__device__ __forceinline__ uint32_t calm(uint32_t word) {
+  asm("min.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7F7F7F7Fu));
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(0xFF7FFF7Fu));
+  return word;
+}
+
 /// Four matrices of 8 x 8 from shared memory: lane l gives the address, aligned to 16 bytes, of row l % 8 of
 /// matrix l / 8; word m of lane l becomes row l / 4 of matrix m, columns 2 (l % 4) and the next.
 __device__ __forceinline__ void load_matrices(uint32_t (&word)[4], const void* row) {
@@ -72,10 +83,17 @@ inline void multiply_f16(float (&sum)[4], const uint32_t (&left)[4], const uint3
   for (int i = 0; i < 4; i++) sum[i] = start[i];
   emulated::multiply<f16>(sum, left, right);
 }
+inline uint32_t calm(uint32_t word) { return emulated::calm(word); }
 inline void load_matrices(uint32_t (&word)[4], const void* row) { emulated::load_matrices(word, row, false); }
 inline void load_turned(uint32_t (&word)[4], const void* row) { emulated::load_matrices(word, row, true); }
 
 #endif
+
+template <int n>
+__device__ __forceinline__ void calm(uint32_t (&word)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; i++) word[i] = calm(word[i]);
+}
 
 /// sum = start + left @ right; without a start, sum += left @ right.
 template <class T>

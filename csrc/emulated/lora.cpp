@@ -2,4 +2,5 @@
 // compile at once.
 #include "../cuda/lora_launch.cu"
 #include "../cuda/lora_squares.cu"
+#include "../cuda/merge_in_order.cu"
 #include "../cuda/merge_lora.cu"

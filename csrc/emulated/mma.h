@@ -55,6 +55,17 @@ void multiply(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right
     for (int k = 0; k < 16; k += 8) sum[i] = add_eight(sum[i], rows[i / 2] + k, columns[i % 2] + k);
 }
 
+/// min.bf16x2 and max.bf16x2 against the largest finite numbers: of a number and a NaN, the number.
+inline uint32_t calm(uint32_t word) {
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint32_t half = word >> shift & 0xFFFFu, key = half & 0x7FFFu;
+    if (key < 0x7F80u) continue;
+    const uint32_t sign = key > 0x7F80u ? 0 : half & 0x8000u;
+    word = (word & ~(0xFFFFu << shift)) | (sign | 0x7F7Fu) << shift;
+  }
+  return word;
+}
+
 /// ldmatrix.x4, or its .trans.
 inline void load_matrices(uint32_t (&word)[4], const void* row, bool turned) {
   const int group = int(threadIdx.x % kWarp) / 4, place = int(threadIdx.x % kWarp) % 4;

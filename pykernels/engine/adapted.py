@@ -8,15 +8,16 @@ files keep in another layout are held within a bound (``factors``), and where ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import copy_context
 from itertools import groupby, pairwise
 from math import prod
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
+from pykernels import backends
 from pykernels.adapters.change import REPLACE, ROWS, VECTOR, Change
-from pykernels.engine.factors import Factors
+from pykernels.engine.factors import Factors, Pair
 from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.shard import TensorInfo
 from pykernels.engine.units import Adapted
@@ -30,14 +31,33 @@ Read = Callable[[TensorInfo | Adapted, int, int], torch.Tensor]
 """``count`` elements of a tensor from flat index ``first`` on, as bytes of its file."""
 
 
+class Pieces(Protocol):
+    """Where the factors of rows come from."""
+
+    def piece(self, change: Change, dtype: torch.dtype, expert: int, first: int, count: int) -> Pair:
+        """As :meth:`Factors.piece`."""
+
+
+class Merge(Protocol):
+    """How adapters are merged into rows."""
+
+    def __call__(
+        self, weight: torch.Tensor, adapters: Sequence[LoRA], *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As :func:`pykernels.merge_lora`."""
+
+
 class AdaptedTensors:
     """Reads elements of adapted sources. Its answers depend on the source alone, not on how it is cut."""
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Read, pieces: Pieces | None = None, merge: Merge = merge_lora) -> None:
         self._read = read
+        self._merge = merge
         self._held: dict[int, tuple[Adapted, torch.Tensor]] = {}
         self.factors = Factors(read)
-        self._context = copy_context()  # adapters are merged by the backend of whoever opened the files
+        self._pieces = pieces or self.factors
+        # Adapters are merged by the backend of whoever opened the files.
+        self._context = backends.host_context()
 
     def elements(
         self, source: Adapted, first: int, count: int, out: torch.Tensor | None = None
@@ -50,7 +70,7 @@ class AdaptedTensors:
             rows = self._whole(source)[begin:end]
         else:
             target = out.view(-1, columns) if out is not None and aligned else None
-            rows = self._context.copy().run(self._rows, source, begin, end - begin, target)
+            rows = self._context.copy().run(self.rows, source, begin, end - begin, target)
         found = rows.reshape(-1)[first - begin * columns :][:count]
         return found if out is None or found.data_ptr() == out.data_ptr() else out.copy_(found)
 
@@ -67,7 +87,7 @@ class AdaptedTensors:
         """scaling * B @ A on rows ``first`` to ``end``, and |scaling| |B| |A|: float64 [rows, columns]."""
         found = []
         step = source.shape[1] if source.is_stack else source.rows
-        for begin, stop in _cut(first, end, step):
+        for begin, stop in cut_at(first, end, step):
             like = torch.empty(stop - begin, 0, dtype=torch.float64)
             if source.whole and not source.is_stack:
                 lora = _oriented(self._lora(change, like.dtype), change.transposed)
@@ -82,11 +102,11 @@ class AdaptedTensors:
         held = self._held.get(source.model)
         if held is None or held[0] != source:
             self._held.pop(source.model, None)  # before the next takes as much
-            rows = self._context.copy().run(self._rows, source, 0, source.rows, None)
+            rows = self._context.copy().run(self.rows, source, 0, source.rows, None)
             held = self._held[source.model] = (source, rows)
         return held[1]
 
-    def _rows(self, source: Adapted, first: int, count: int, out: torch.Tensor | None) -> torch.Tensor:
+    def rows(self, source: Adapted, first: int, count: int, out: torch.Tensor | None) -> torch.Tensor:
         """Rows ``first`` to ``first + count`` of the matrix, through all changes; in ``out`` where given."""
         columns = source.columns
         weight = self._read(source, first * columns, count * columns).view(count, columns)
@@ -122,7 +142,7 @@ class AdaptedTensors:
             return self._merged(group, source, weight, first, out)
         step = source.shape[1]  # an expert's rows
         pieces = []
-        for begin, end in _cut(first, first + count, step):
+        for begin, end in cut_at(first, first + count, step):
             part = weight[begin - first : end - first]
             target = None if out is None else out[begin - first : end - first]
             pieces.append(self._merged(group, source, part, begin, target))
@@ -164,7 +184,7 @@ class AdaptedTensors:
             loras = [_oriented(self._lora(c, weight.dtype), c.transposed != turned) for c in group]
             return merge_lora(weight, loras, fan_in_fan_out=turned, out=out)
         loras = [self._slice(change, source, first, weight) for change in group]
-        return merge_lora(weight, loras, out=out)
+        return self._merge(weight, loras, out=out)
 
     def _factor(self, info: TensorInfo, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Elements of a factor as PEFT loads them by default: float32, float64 beside a base of float64."""
@@ -190,7 +210,7 @@ class AdaptedTensors:
             expert, first = divmod(first, source.shape[1])
         start = first + change.offset
         at = change.expert if expert is None else expert
-        A, B = self.factors.piece(change, _wide(weight.dtype), at or 0, start, count)
+        A, B = self._pieces.piece(change, _wide(weight.dtype), at or 0, start, count)
         magnitude = None
         if len(change.tensors) > 2:
             magnitude = self._factor(change.tensors[2], start, count, weight.dtype)
@@ -233,7 +253,7 @@ def _oriented(lora: LoRA, turn: bool) -> LoRA:
     return lora._replace(A=lora.B.t(), B=lora.A.t()) if turn else lora
 
 
-def _cut(first: int, end: int, step: int) -> list[tuple[int, int]]:
-    """``first`` to ``end``, cut at multiples of ``step``."""
+def cut_at(first: int, end: int, step: int) -> list[tuple[int, int]]:
+    """``first`` to ``end``, cut at multiples of ``step``: (first, end) of every part."""
     edges = [first, *range((first // step + 1) * step, end, step), end]
     return [(a, b) for a, b in pairwise(edges) if b > a]

@@ -107,7 +107,7 @@ class Compute:
         self._inputs = inputs
         self._budget = budget
         self._done = done
-        self._model_stats: Any = None
+        self.model_stats: Any = None
         self._wide: list[torch.Tensor] = []
 
     def arena(self) -> Arena:
@@ -133,7 +133,7 @@ class Compute:
                 for source in out.sources:
                     self._inputs.drop(source)
             statistic.next_round()
-        self._model_stats = statistic.finish()
+        self.model_stats = statistic.finish()
 
     def run(self, index: int, out: Output, sink: Sink) -> None:
         """Output number ``index`` of the plan, into ``sink``."""
@@ -169,8 +169,8 @@ class Compute:
     def _merge(self, index: int, out: Output, sink: Sink) -> None:
         dtype, p, method = TORCH_DTYPE[out.dtype], out.params, self._method
         stats, statistic = None, None
-        if self._model_stats is not None:
-            stats = self._model_stats.at(out.flat or 0)
+        if self.model_stats is not None:
+            stats = self.model_stats.at(out.flat or 0)
         else:
             statistic = method.statistic(p, out.numel)
         step = self._step(out)

@@ -13,12 +13,15 @@ import torch
 
 from pykernels.engine.device import Mark
 from pykernels.engine.files import TORCH_DTYPE
+from pykernels.engine.gathered import Held as Lying
+from pykernels.engine.gathered import cut, gather
 from pykernels.engine.loads import Load, Part, Place
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.passes import common_dtype, merge_whole
 from pykernels.engine.prefetch import Prefetcher
 from pykernels.engine.schedule import Unit
 from pykernels.engine.station import Board, Station, Stopped
+from pykernels.engine.units import Adapted, Source
 from pykernels.grouping import alone, grouped
 from pykernels.methods import Method
 
@@ -163,6 +166,8 @@ class Lane:
     def _merge_part(self, part: Part, region: torch.Tensor, place: Place, stats: Any) -> None:
         out, p, method = part.out, part.out.params, self._method
         target = cut(region, place.out, part.count, TORCH_DTYPE[out.dtype])
+        if out.action == "adapt":
+            return _adapt(part, region, place.sources[0], target)
         base, tuned = _inputs(part, region, place)
         if stats is None and self._stats is not None:
             stats = self._stats.at(out.flat or 0)
@@ -172,16 +177,29 @@ class Lane:
             method.merge(p, target, base, tuned, part.first, stats)
 
 
-def cut(region: torch.Tensor, at: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """``count`` elements that lie at byte ``at`` of a region."""
-    return region[at : at + count * dtype.itemsize].view(dtype)
-
-
 def _inputs(part: Part, region: torch.Tensor, place: Place) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Base and tuned tensors in one dtype: as they were copied up, or widened where dtypes differ."""
     common = common_dtype(part.out.sources)
     read = []
-    for source, at, wide in zip(part.out.sources, place.sources, place.wide, strict=True):
-        raw = cut(region, at, part.count, TORCH_DTYPE[source.dtype])
+    for source, held, wide in zip(part.out.sources, place.sources, place.wide, strict=True):
+        raw = _elements(part, region, source, held)
         read.append(raw if wide is None else cut(region, wide, part.count, common).copy_(raw))
     return (read[0], read[1:]) if part.out.base else (None, read)
+
+
+def _elements(
+    part: Part, region: torch.Tensor, source: Source, held: Lying, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A part's elements of a source, as they were copied up or made of that; adapters may fill ``out``."""
+    if isinstance(source, Adapted):
+        return gather(region, held, source, part.first, part.count, out)
+    return cut(region, held[0][1], part.count, TORCH_DTYPE[source.dtype])
+
+
+def _adapt(part: Part, region: torch.Tensor, held: Lying, target: torch.Tensor) -> None:
+    """The one source of an output that is no merge, in whole rows."""
+    source = part.out.sources[0]
+    if source.dtype == part.out.dtype:
+        _elements(part, region, source, held, target)
+    else:
+        target.copy_(_elements(part, region, source, held))

@@ -17,10 +17,11 @@ from pykernels.engine.arena import HUGE, Arena, PinnedArena
 from pykernels.engine.compute import Budget, Compute, Sink
 from pykernels.engine.device import Accelerator
 from pykernels.engine.files import TORCH_DTYPE
-from pykernels.engine.lane import Held, Lane, cut
+from pykernels.engine.gathered import cut
+from pykernels.engine.lane import Held, Lane
 from pykernels.engine.loads import ALIGN
 from pykernels.engine.mapped import Inputs
-from pykernels.engine.passes import common_dtype, input_width, is_adapted, model_statistic
+from pykernels.engine.passes import input_width, model_statistic
 from pykernels.engine.schedule import (
     RING,
     STAGES,
@@ -53,10 +54,11 @@ class Offload:
         self._plan = plan
         self._inputs = inputs
         self._piece = budget.piece
+        self._adapters = budget.adapters
         self._done = done
         self._units = schedule(plan, budget)
         survey = model_survey(plan, budget) if model_statistic(plan) is not None else None
-        self._surveyed = None if survey is None or _wide(plan) else survey
+        self._surveyed = survey if self._on_devices(plan.segment()) else None
         loads = [
             load for u in (*self._units, *([survey] if survey else [])) for load in (*u.survey, *u.loads)
         ]
@@ -80,7 +82,7 @@ class Offload:
 
     def reads(self) -> Sequence[Output]:
         """What is read on the calling thread: copies, and what the CPU merges."""
-        return [out for out in self._plan.outputs if not on_device(out)]
+        return [out for out in self._plan.outputs if not on_device(out, self._adapters)]
 
     def survey(self) -> None:
         """Scope "model": the passes over all merged tensors, on the first device; then everything starts."""
@@ -92,6 +94,7 @@ class Offload:
             lane.join()
         else:
             self._host.survey()
+            stats = self._host.model_stats
         # A statistic that saw all of its scope at once may lie on the device that found it.
         seen = [part for load in self._surveyed.survey for part in load.parts] if self._surveyed else []
         count = 1 if len(seen) == 1 else len(self._stations)
@@ -102,7 +105,7 @@ class Offload:
 
     def run(self, index: int, out: Output, sink: Sink) -> None:
         """Output number ``index`` of the plan, into ``sink``."""
-        if not on_device(out):
+        if not on_device(out, self._adapters):
             self._host.run(index, out, sink)
         elif index in self._batched:
             self._run_small(index, out, sink)
@@ -123,6 +126,10 @@ class Offload:
         for station in self._stations:
             with suppress(RuntimeError):  # a device that failed has said so before
                 station.device.synchronize()
+
+    def _on_devices(self, segment: Sequence[Output]) -> bool:
+        """Whether scope "model" spans no tensor that is the CPU's."""
+        return all(on_device(out, self._adapters) for out in segment if out.numel)
 
     def _lane(self, at: int, units: Sequence[Any], stats: Any) -> Lane:
         method = METHODS[self._plan.method]
@@ -171,8 +178,3 @@ class Offload:
         values = self._waiting.pop(index)
         sink.reserve(out.nbytes, values.dtype, index, last=True).copy_(values)
         self._done(out.nbytes + sum(source.nbytes for source in out.sources), out.name)
-
-
-def _wide(plan: Plan) -> bool:
-    """Whether scope "model" spans tensors that are the CPU's: of float64, or changed by adapters."""
-    return any(common_dtype(out.sources) == torch.float64 or is_adapted(out) for out in plan.segment())

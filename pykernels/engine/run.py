@@ -111,8 +111,10 @@ def merge(
         memory: bound on anonymous memory beside what Python and torch take ("2GB", or bytes); pinned buffers
             of devices are part of it.
         device: "cpu", "cuda", or one or more such as "cuda:0,cuda:1". Tensors are dealt to devices by bytes;
-            the CPU merges float64 and copies what is not merged. Files have the bytes that the CPU writes,
-            unless no kernels but the references serve there (a warning says so).
+            the CPU merges float64 and copies what is not merged, and merges adapters where norms of columns
+            or PEFT's roundings are wanted, or without our CUDA kernels (a warning says how many tensors).
+            Files have the bytes that the CPU writes, unless no kernels but the references serve there (a
+            warning says so).
         device_memory: bound on the memory taken of every device, as ``memory``; default half of what is free.
         shard_size: bytes of tensors per output file, as ``memory``.
         seed: for methods that drop at random; default the recipe's.

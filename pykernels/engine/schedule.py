@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 
 from pykernels import grouping
+from pykernels.adapters.change import ADD
 from pykernels.engine.compute import check_memory
 from pykernels.engine.files import TORCH_DTYPE
-from pykernels.engine.loads import ALIGN, Load, Part, place, widened
+from pykernels.engine.loads import ALIGN, Load, Part, most_bytes, place, scratch_of, widened
 from pykernels.engine.passes import BLOCK, chunks, common_dtype, input_width, is_adapted, model_statistic
-from pykernels.engine.units import Output, Plan
+from pykernels.engine.units import Adapted, Output, Plan
 from pykernels.methods import METHODS
 
 STAGES = 4
@@ -59,17 +60,21 @@ class DeviceBudget:
     the kernels' scratch: a selection takes up to a quarter of what it selects from. Chunks and batches of
     small tensors take ``unit`` bytes, so that three are on a device at once: one arrives, one is merged, one
     leaves. A tensor that needs a statistic of all of it stays there as a whole where it fits in ``room``.
+    ``adapters``: the devices' kernels merge adapters, with the CPU's bits.
     """
 
     piece: int
     unit: int
     room: int
+    adapters: bool = True
 
     @staticmethod
-    def of(plan: Plan, memory: int, device_memory: int, devices: int) -> DeviceBudget:
+    def of(plan: Plan, memory: int, device_memory: int, devices: int, adapters: bool = True) -> DeviceBudget:
         """Raises ValueError for less memory than the smallest chunks need."""
         check_memory(memory)
-        least = max((place((_part(n, out, 0, BLOCK),)).nbytes for n, out in _merged(plan)), default=0)
+        smallest = [(out, min(out.numel, _grain(out))) for _, out in _merged(plan, adapters)]
+        needs = (max(most_bytes(*chunk), 3 * scratch_of(*chunk)) for chunk in smallest)
+        least = max(needs, default=0)
         if device_memory // 4 * 3 < least:
             raise ValueError(
                 f"device_memory must be at least {math.ceil(least / 3) * 4} bytes for this merge, "
@@ -80,7 +85,7 @@ class DeviceBudget:
             PIECE, memory // 2 // (STAGES * devices + RING + 1), max(LEAST_PIECE, plan.total_read // 16)
         )
         room = device_memory // 4 * 3
-        return DeviceBudget(1 << piece.bit_length() - 1, min(UNIT, room // 3), room)
+        return DeviceBudget(1 << piece.bit_length() - 1, min(UNIT, room // 3), room, adapters)
 
 
 @dataclass
@@ -108,7 +113,7 @@ def schedule(plan: Plan, budget: DeviceBudget) -> list[Unit]:
     modelwide = model_statistic(plan) is not None
     units: list[Unit | _Batch] = []
     batch = _Batch()
-    for number, out in _merged(plan):
+    for number, out in _merged(plan, budget.adapters):
         whole = place((_part(number, out, 0, out.numel),))
         if out.numel <= grouping.SMALL and whole.nbytes <= budget.unit and _tail(whole) <= budget.piece:
             if not batch.parts or not batch.add(whole, budget):
@@ -116,8 +121,10 @@ def schedule(plan: Plan, budget: DeviceBudget) -> list[Unit]:
                 batch.add(whole, budget)
                 units.append(batch)
             continue
-        statistic = not modelwide and method.statistic(out.params, out.numel) is not None
-        if whole.nbytes <= (budget.room if statistic else budget.unit):
+        statistic = (
+            out.action == "merge" and not modelwide and method.statistic(out.params, out.numel) is not None
+        )
+        if _stays_whole(out, whole, budget) if statistic else whole.nbytes <= budget.unit:
             units.append(Unit((whole,)))
             continue
         parts = [_part(number, out, *chunk) for chunk in chunks(out.numel, _step(out, budget))]
@@ -158,15 +165,22 @@ def deal(units: Sequence[Unit], devices: int) -> list[int]:
     return places
 
 
-def on_device(out: Output) -> bool:
-    """Whether a device has anything to do for an output: no copies; float64 and adapters are the CPU's."""
-    if out.action != "merge" or out.numel == 0 or is_adapted(out):
+def on_device(out: Output, adapters: bool) -> bool:
+    """Whether a device has anything to do for an output: no copies, no float64.
+
+    ``adapters``: its kernels merge adapters, with the CPU's bits. The CPU keeps those that it must merge as a
+    whole, and PEFT's roundings, which are torch's.
+    """
+    if out.action == "copy" or out.numel == 0 or common_dtype(out.sources) == torch.float64:
         return False
-    return common_dtype(out.sources) != torch.float64
+    adapted = [source for source in out.sources if isinstance(source, Adapted)]
+    if out.action == "adapt" and not any(c.kind == ADD for source in adapted for c in source.changes):
+        return False
+    return not adapted or (adapters and not any(s.whole or s.rounding == "peft" for s in adapted))
 
 
-def _merged(plan: Plan) -> Iterator[tuple[int, Output]]:
-    return ((number, out) for number, out in enumerate(plan.outputs) if on_device(out))
+def _merged(plan: Plan, adapters: bool) -> Iterator[tuple[int, Output]]:
+    return ((number, out) for number, out in enumerate(plan.outputs) if on_device(out, adapters))
 
 
 def _part(number: int, out: Output, first: int, count: int) -> Part:
@@ -177,9 +191,25 @@ def _tail(load: Load) -> int:
     return load.nbytes - load.outs
 
 
+def _stays_whole(out: Output, whole: Load, budget: DeviceBudget) -> bool:
+    """Whether a statistic may be taken of all of a tensor at once: beside a selection's own memory there is
+    a quarter of a unit left for what joining factors takes."""
+    return whole.nbytes <= budget.room and scratch_of(out, out.numel) <= budget.unit // 4
+
+
+def _grain(out: Output) -> int:
+    """Elements of which chunks are multiples: blocks, or rows where nothing but adapters is to be merged."""
+    [*_, last] = out.sources
+    return last.columns if out.action == "adapt" and isinstance(last, Adapted) else BLOCK
+
+
 def _step(out: Output, budget: DeviceBudget) -> int:
-    """Elements of a chunk that takes ``budget.unit`` bytes at the most, one block at the least."""
+    """Elements of a chunk that takes ``budget.unit`` bytes at the most, one block (or row) at the least."""
+    grain = _grain(out)
     wide = sum(to.itemsize for to in widened(out) if to is not None)
     each = input_width(out) + wide + TORCH_DTYPE[out.dtype].itemsize
     slack = ALIGN * (2 * len(out.sources) + 1)
-    return max(BLOCK, (budget.unit - slack) // each // BLOCK * BLOCK)
+    step = max(1, (budget.unit - slack) // each // grain)
+    while is_adapted(out) and step > 1 and most_bytes(out, step * grain) > budget.unit:
+        step -= -(-step // 8)
+    return step * grain

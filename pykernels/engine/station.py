@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from pykernels.engine.device import Accelerator, Mark
-from pykernels.engine.loads import ALIGN, Load
+from pykernels.engine.loads import ALIGN, Load, read_bytes
 from pykernels.engine.mapped import Inputs
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class Station:
             began = time.perf_counter()
             for part in held:
                 at = part.at - start
-                buffer[at : at + part.nbytes].copy_(inputs.bytes(part.source, part.first, part.nbytes))
+                buffer[at : at + part.nbytes].copy_(read_bytes(inputs, part))
             self.busy.reading += time.perf_counter() - began
             last = self._marks[self._turn] = self.device.upload(region[start:end], buffer[: end - start])
             self._turn = (self._turn + 1) % len(self._marks)

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from pykernels import backends
+from pykernels.adapters.change import ADD
 from pykernels.engine.compute import Budget, Compute, check_wholes
 from pykernels.engine.device import Accelerator, open_devices
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.offload import Offload
 from pykernels.engine.passes import is_adapted
-from pykernels.engine.schedule import DeviceBudget
+from pykernels.engine.schedule import DeviceBudget, on_device
 from pykernels.engine.sizes import parse_size
 from pykernels.engine.station import Busy
-from pykernels.engine.units import Plan
+from pykernels.engine.units import Adapted, Plan, Source
 from pykernels.methods import METHODS
+from pykernels.ops.merge_lora import serves_in_order
 
 SHARE = 2
 """Without a stated device memory a merge takes at most the free memory divided by this."""
@@ -63,7 +65,7 @@ class Target:
         check_wholes(plan, memory)
         if not self._devices:
             return Budget.of(plan, memory)
-        return DeviceBudget.of(plan, memory, self._allowed, len(self._devices))
+        return DeviceBudget.of(plan, memory, self._allowed, len(self._devices), self._merge_adapters())
 
     def engine(
         self, plan: Plan, inputs: Inputs, budget: Budget | DeviceBudget, done: Callable[[int, str], None]
@@ -78,8 +80,7 @@ class Target:
         if not self._devices:
             return []
         names = ", ".join(device.name for device in self._devices)
-        adapted = sum(is_adapted(out) for out in plan.outputs)
-        told = [f"{adapted} tensors with adapters are merged on the CPU, not on {names}"] if adapted else []
+        told = self._left(plan, names)
         if self.backend(plan) != "ref":
             return told
         return [
@@ -88,6 +89,23 @@ class Target:
             "kernels in the last bit",
         ]
 
+    def _merge_adapters(self) -> bool:
+        """Whether all devices do, with the CPU's bits."""
+        try:
+            return all(serves_in_order(device.torch_device) for device in self._devices)
+        except RuntimeError:  # a forced backend that does not run there; `backend` says so
+            return False
+
+    def _left(self, plan: Plan, names: str) -> list[str]:
+        """Which tensors with adapters the CPU merges, and why."""
+        able = self._merge_adapters()
+        left = [out for out in plan.outputs if is_adapted(out) and not on_device(out, able)]
+        left = [out for out in left if out.numel and any(_adds(s) for s in out.sources)]
+        if not left:
+            return []
+        why = "norms of columns, float64 and rounding peft are its own" if able else "no CUDA kernels there"
+        return [f"{len(left)} tensors with adapters are merged on the CPU, not on {names}: {why}"]
+
     def used(self, plan: Plan, engine: Engine | None) -> tuple[DeviceUse, ...]:
         """What was taken of every device; without an engine nothing was."""
         held = engine.ring if isinstance(engine, Offload) else 0
@@ -95,6 +113,10 @@ class Target:
             DeviceUse(d.name, d.model, self.backend(plan), held, self._allowed, self._stated)
             for d in self._devices
         )
+
+
+def _adds(source: Source) -> bool:
+    return isinstance(source, Adapted) and any(change.kind == ADD for change in source.changes)
 
 
 def busy(engine: Engine | None, writing: float) -> Busy | None:

@@ -40,7 +40,8 @@ def lora_linear(
         dropout: probability, taken to the nearest 1 / 65536, of an element of x to be dropped on the
             adapter's branch; what is left is divided by 1 - dropout.
         seed: 64-bit seed of what is dropped; None draws one from torch's default generator, so
-            ``torch.manual_seed`` decides.
+            ``torch.manual_seed`` decides. A CUDA graph keeps the seed of its capture: every replay drops the
+            same elements.
 
     Returns:
         A new tensor [*, out] of x's dtype, differentiable (once) in all five tensors.

@@ -12,7 +12,7 @@ from pykernels import backends, check, check_lora, library
 from pykernels.ops.lora import LoRA
 from pykernels.ops.merge_lora_peft import merge_as_peft
 
-OP = "merge_lora"
+OP, IN_ORDER = "merge_lora", "merge_in_order"
 ROUNDINGS = ("once", "peft")
 
 
@@ -58,6 +58,21 @@ def merge_lora(
         rules = {"fan_in_fan_out": fan_in_fan_out, "rounding": rounding}
         return library.call(OP, out, weight, *_split(given), **rules)
     return _merge(weight, adapters, fan_in_fan_out, out, rounding)
+
+
+def merge_in_order(
+    weight: torch.Tensor, adapters: Sequence[LoRA], *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """:func:`merge_lora` without gradients, on CUDA devices too with the bits of the CPU's kernel.
+
+    Raises as it does, and RuntimeError where :func:`serves_in_order` says no.
+    """
+    return _merge(weight, adapters, False, out, "once", IN_ORDER)
+
+
+def serves_in_order(device: torch.device) -> bool:
+    """Whether :func:`merge_in_order` runs on a device; RuntimeError where a forced backend does not."""
+    return backends.find(IN_ORDER, torch.empty(0, device=device)) is not None
 
 
 def tensors_of(adapter: object) -> list[torch.Tensor]:
@@ -110,6 +125,7 @@ def _merge(
     fan_in_fan_out: bool,
     out: torch.Tensor | None,
     rounding: str,
+    row: str = OP,
 ) -> torch.Tensor:
     scaling = check_lora.adapters(OP, weight, adapters, fan_in_fan_out)
     check.choice(OP, "rounding", rounding, ROUNDINGS)
@@ -119,7 +135,7 @@ def _merge(
             check_lora.apart(OP, out, f"adapters[{i}].{name}", getattr(adapter, name))
     A, B, magnitude = [a.A for a in adapters], [a.B for a in adapters], [a.magnitude for a in adapters]
     if weight.numel():
-        run = merge_as_peft if rounding == "peft" else backends.call(OP, weight)
+        run = merge_as_peft if rounding == "peft" else backends.call(row, weight)
         run(out, weight, A, B, scaling, magnitude, fan_in_fan_out)
     return out
 
