@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pykernels.bench import engine, peers, report, roofline
-from pykernels.bench.cases import Case
 
 _WIDTHS = (62, 10, 8, 10, 8, 30)
 
@@ -28,7 +27,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure and print row by row, then write ``results.json`` and the charts into ``out``.
 
-    ``only``: substrings of row names; all when empty. ``keep`` saves to ``bench/results/<machine>.json`` too.
+    ``only``: substrings of row names; all when empty. ``keep`` puts the rows into
+    ``bench/results/<machine>.json`` too, in place of those there that ``only`` selects.
     """
     if keep:
         report.checkout()  # refused before the minutes of measuring, not after
@@ -41,7 +41,8 @@ def run(
     control = {"before": _controls(say)}
     say(_line(report.HEAD))
     rows = []
-    for row in roofline.run(_selects(only), with_peers=with_peers):
+    selects = _selects(only)
+    for row in roofline.run(lambda case: selects(case.name), with_peers=with_peers):
         rows.append(row)
         say(_line(report.cells(row)))
     control["after"] = _controls(say)
@@ -52,7 +53,7 @@ def run(
         result["engine"] = engine.measure(say=say)
     say(f"saved {report.save(result, out / 'results.json')}")
     if keep:
-        say(f"saved {report.save(result)}")
+        say(f"saved {report.keep(result, selects)}")
     if importlib.util.find_spec("matplotlib") is None:
         say("matplotlib is not installed, so no chart is drawn")
     else:
@@ -63,8 +64,9 @@ def run(
     return result
 
 
-def _selects(only: Sequence[str]) -> Callable[[Case], bool]:
-    return lambda case: not only or any(text in case.name for text in only)
+def _selects(only: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name is asked for."""
+    return lambda name: not only or any(text in name for text in only)
 
 
 def _controls(say: Callable[[str], None]) -> dict[str, float]:

@@ -60,8 +60,12 @@ def interleave(calls: Timed, rounds: int, settle: Callable[[int], Any]) -> dict[
     return seconds
 
 
-def rounds(nbytes: int) -> int:
-    """More repetitions for short calls, as one of them says less."""
+def rounds(cases: Sequence[Case]) -> int:
+    """More repetitions for short calls, as one of them says less; as many as a verdict on pairs takes
+    where logits of one kind are held against those of another."""
+    if any("logits" in case.options for case in cases):
+        return turns.ROUNDS
+    nbytes = max(case.nbytes for case in cases)
     return 15 if nbytes < 200 << 20 else 9 if nbytes < 1 << 30 else 5
 
 
@@ -121,7 +125,7 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
         plain = [case.call(x) for x in inputs]
         call: Callable[[int], Any] = lambda i, plain=plain: plain[i % len(plain)]()  # noqa: E731
         timed[case.name] = Setting(case, call) if case.isa or case.threads else call
-    seconds = interleave(timed, rounds(max(c.nbytes for c in cases)), control(inputs, Case("linear_merge")))
+    seconds = interleave(timed, rounds(cases), control(inputs, Case("linear_merge")))
     middle = {name: statistics.median(s) for name, s in seconds.items()}
     copy_rate = 2 * COPY_BYTES / middle["copy"]
     for case in cases:
@@ -135,6 +139,7 @@ def measure_group(cases: Sequence[Case], inputs: Sequence[Inputs]) -> Iterator[R
         }
         bounds = {"ideal": ideal, "copy": case.nbytes / copy_rate, "ms": 1e-3}
         judge(row, case, took / (middle | bounds).get(case.target.of, float("nan")))
+        judge_pairs(row, case, seconds)
         row["peers"] = [peers.measure(peer, case, inputs[0]) for peer in peers.of(case)]
         yield row
 
@@ -162,6 +167,15 @@ def judge(row: Row, case: Case, ratio: float) -> None:
         row["ratio"] = ratio
         if case.target.most is not None or case.target.least is not None:
             row["met"] = case.target.met(ratio)
+
+
+def judge_pairs(row: Row, case: Case, seconds: Mapping[str, Sequence[float]]) -> None:
+    """Hold the row against another one of its loop round by round, where there are rounds enough."""
+    others = seconds.get(case.target.of, ())
+    if case.target.most is None or len(others) < turns.ROUNDS:
+        return
+    found = turns.middle([a / b for a, b in zip(seconds[case.name], others, strict=True)])
+    row |= found.record("ratio") | {"met": found.within(case.target.most, least=False)}
 
 
 def measure_call(case: Case) -> Row:

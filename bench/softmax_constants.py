@@ -4,7 +4,7 @@
 kernels of this machine's instruction set once more, with the constants as variables, runs the same rows under
 two or more values by turns, and prints nanoseconds per element of one thread (its own time, as other load
 counts less there). Where the best value changes from row to row is where the constant belongs. It needs a
-source checkout and a C++ compiler.
+source checkout and a C++ compiler. ``--only`` keeps what the file holds of the other constants.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ VARIABLES = (
     "kColumnFloats",
     "kStreamed",
     "kAhead",
+    "kNear",
 )
 """The constants that can vary at run time; of the others tables have their sizes."""
 NEVER = 1 << 62
@@ -85,8 +86,12 @@ CROSSINGS = (
     Crossing("kCachedHalves", (0, NEVER), _many(4096, *_LONG[:5]), torch.bfloat16),
     Crossing("kCachedHalves", (0, NEVER), _many(4096, *_LONG[:5]), torch.float16),
     Crossing(
-        "kTogetherFloats", (0, 1024, 4096), tuple((16_384 // n, n, 1) for n in (32, 64, 128, 256, 512, 1024))
+        "kTogetherFloats",
+        (0, 1024, 2048, 4096),
+        tuple((16_384 // n, n, 1) for n in (32, 64, 128, 256, 512, 1024)),
     ),
+    Crossing("kNear", (0, NEVER), tuple((rows, 64, 1) for rows in (256, 1024, 4096, 65_536))),
+    Crossing("kNear", (0, NEVER), _many(4096), streamed=0),
     Crossing("kColumnRows", (1024, 4096), ((1, 4096, 4096), (1, 65_536, 256))),
     Crossing("kColumnFloats", (65_536, 262_144, MILLION), ((1, 1024, 16_384), (1, 4096, 4096))),
     Crossing("streamed", (0, NEVER), _many(128, 1024, 4096, 131_072), kind=BACKWARD),
@@ -186,15 +191,24 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{row['constant']:<16} {row['op']:<17} {row['dtype']:<9} {row['shape']!s:<20} {ns}"
 
 
+def together(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """New rows, and those of a file's other constants, in the order of :data:`CROSSINGS`."""
+    new = {row["constant"] for row in rows}
+    found = report.load(path)["rows"] if path.exists() else []
+    order = {name: i for i, name in enumerate({c.constant: 0 for c in CROSSINGS})}
+    kept = [row for row in found if row["constant"] in order.keys() - new]
+    return sorted([*rows, *kept], key=lambda row: order[row["constant"]])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; ``--keep`` writes into ``bench/results/softmax/`` too."""
     parser = argparse.ArgumentParser(prog="python -m pykernels.bench.softmax_constants", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--only", help="one constant")
+    parser.add_argument("--only", action="append", help="one constant; may be given again")
     given = parser.parse_args(arguments)
-    chosen = [c for c in CROSSINGS if given.only in (None, c.constant)]
-    if not chosen:
+    chosen = [c for c in CROSSINGS if given.only is None or c.constant in given.only]
+    if {c.constant for c in chosen} < set(given.only or ()) or not chosen:
         parser.error(f"--only: known constants are {', '.join({c.constant: 0 for c in CROSSINGS})}")
     torch.set_num_threads(1)
     library = compiled(_C.isa())
@@ -203,10 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for shape in crossing.shapes:
             rows.append(measure(library, crossing, shape))
             print(line(rows[-1]), flush=True)
-    result = {"machine": report.machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    about = report.machine()
     paths = [given.out / "softmax_constants.json"]
-    paths += [report.RESULTS / "softmax" / f"constants-{report.slug(result['machine'])}.json"] * given.keep
+    paths += [report.RESULTS / "softmax" / f"constants-{report.slug(about)}.json"] * given.keep
     for path in paths:
+        result = {"machine": about, "date": time.strftime("%Y-%m-%d"), "rows": together(rows, path)}
         print(f"saved {report.save(result, path)}")
     return 0
 

@@ -34,6 +34,6 @@ def test_case(case: Case, inputs: Inputs, benchmark: Any) -> None:
     benchmark.extra_info.update(case=case.name, least_bytes=case.nbytes)
     with Setting(case, lambda i: call()).setting():
         iterations = 50 if case.kind == "call" else 1
-        times = {"rounds": rounds(case.nbytes), "iterations": iterations, "warmup_rounds": 1}
+        times = {"rounds": rounds([case]), "iterations": iterations, "warmup_rounds": 1}
         result = benchmark.pedantic(call, **times)
     assert bool(torch.isfinite(values(result)).all())

@@ -1,8 +1,10 @@
 """Calls by turns, and what pairs of their times say: medians with their 95 % interval, and verdicts.
 
 A machine that others use slows down for seconds at a time. Two calls of one round meet the same conditions,
-so the ratio (or difference) is taken within each round, and its median over the rounds. A difference below
-a tenth is only believed after 50 rounds, and any only where the whole interval lies on one side of the bound.
+so the ratio (or difference) is taken within each round, and its median over the rounds. A call finds the
+machine as the one before it left it (caches, threads of torch's that wait awake), so every second round goes
+backwards. A difference below a tenth is only believed after 50 rounds, and any only where the whole interval
+lies on one side of the bound.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ def by_turns(
         taking = [name for name in calls if not found or not enough(name, found)]
         if len(taking) < 2 <= len(calls):
             break
-        found.append({name: seconds(calls[name]) for name in taking})
+        order = taking[::-1] if len(found) % 2 else taking
+        found.append({name: seconds(calls[name]) for name in order})
     return found
 
 

@@ -2,6 +2,7 @@
 // longer than a small product. Knows Python and not pybind11; torch only as objects that it was handed.
 #include <cmath>
 #include <new>
+#include <vector>
 
 #include "bindings_tensors.h"
 #include "drive/lora_linear.h"
@@ -15,7 +16,7 @@ namespace {
 struct : Lent {
   PyTypeObject *tensor = nullptr, *parameter = nullptr, *adapter = nullptr;
   PyObject *recording = nullptr, *new_empty = nullptr;
-  int64_t float_rows = 0, float_weight = 0;
+  int64_t float_rows = 0;
 } lent;
 
 constexpr int64_t kSmall = 1 << 17;  // multiplications below which a second thread starts too late
@@ -35,6 +36,7 @@ struct Operand {
     }
     if (at.device_type != exchange::kCpu || !at.data || at.ndim < 1) return;
     if (recording && !lent.wants_no_gradient(object)) return;
+    if (!lent.storages.hold(object, exchange::bytes_of(at), at.bits / 8)) return;
     taken = lent.holds_values(object);
   }
   int dtype() const { return taken ? exchange::dtype_of(at) : -1; }
@@ -64,6 +66,7 @@ bool as_rows(const Operand& x, int64_t& rows, int64_t& step) {
 struct Call {
   LoraLinear job{};
   Operand x, weight;
+  std::vector<int64_t> index;
   bool taken = false, recording;
 
   Call(PyObject* x_object, PyObject* weight_object, bool records)
@@ -81,10 +84,7 @@ struct Call {
   }
 
   /// Whether a float32 product is ours: the rule of lora_linear_cpu.py.
-  bool few_rows() const {
-    if (job.weight.col != 1 && job.k > 1) return false;
-    return job.m <= lent.float_rows && (job.m > 1 || job.n * job.k < lent.float_weight);
-  }
+  bool few_rows() const { return (job.weight.col == 1 || job.k == 1) && job.m <= lent.float_rows; }
 
   bool add(PyObject* a_object, PyObject* b_object, PyObject* scaling) {
     if (!PyFloat_CheckExact(scaling)) return false;
@@ -164,8 +164,9 @@ PyObject* layer(PyObject* const* given) {
   return call.run(given[0]);
 }
 
-/// Whether every row names an adapter or none.
-bool index_fits(const Operand& index, const Call& call) {
+/// Whether every row names an adapter or none. The call gets a copy: other threads may write to the tensor
+/// between this look at it and its use.
+bool add_index(const Operand& index, Call& call) {
   const exchange::Tensor &at = index.at, &x = call.x.at;
   if (!index.taken || !exchange::is_int64(at) || exchange::contiguous_elements(at) != call.job.m)
     return false;
@@ -174,8 +175,10 @@ bool index_fits(const Operand& index, const Call& call) {
     if (at.shape[d] != x.shape[d]) return false;
   const auto* values = reinterpret_cast<const int64_t*>(exchange::data_of(at));
   const int64_t count = int64_t(call.job.adapters.size());
+  call.index.assign(values, values + call.job.m);
+  call.job.index = call.index.data();
   bool fits = true;
-  for (int64_t i = 0; i < call.job.m; i++) fits &= values[i] >= -1 && values[i] < count;
+  for (const int64_t named : call.index) fits &= named >= -1 && named < count;
   return fits;
 }
 
@@ -190,23 +193,21 @@ PyObject* layers(PyObject* const* given) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(adapters.object); i++)
     if (!call.add(PyTuple_GET_ITEM(adapters.object, i))) Py_RETURN_NONE;
   const Operand index(given[3], call.recording);
-  if (!index_fits(index, call)) Py_RETURN_NONE;
-  call.job.index = reinterpret_cast<const int64_t*>(exchange::data_of(index.at));
+  if (!add_index(index, call)) Py_RETURN_NONE;
   return call.run(given[0]);
 }
 
-/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, float_weight, watches):
+/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, watches):
 /// whether calls will be taken.
 PyObject* lend_layers(PyObject* const* given) {
-  for (int i = 0; i < 9; i++) Py_INCREF(given[i]);
+  for (int i = 0; i < 8; i++) Py_INCREF(given[i]);
   lent.tensor = reinterpret_cast<PyTypeObject*>(given[0]);
   lent.parameter = reinterpret_cast<PyTypeObject*>(given[1]);
   lent.adapter = reinterpret_cast<PyTypeObject*>(given[2]);
   lent.recording = given[4];
   lent.float_rows = PyLong_AsLongLong(given[6]);
-  lent.float_weight = PyLong_AsLongLong(given[7]);
   lent.new_empty = PyUnicode_InternFromString("new_empty");
-  return PyBool_FromLong(lent.take(given[0], given[3], given[5], given[8]));
+  return PyBool_FromLong(lent.take(given[0], given[3], given[5], given[7]));
 }
 
 template <PyObject* (*function)(PyObject* const*), Py_ssize_t wanted>
@@ -219,7 +220,7 @@ PyObject* counted(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
 }
 
-PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 9>), METH_FASTCALL, nullptr},
+PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 8>), METH_FASTCALL, nullptr},
                          {"lora_layer", as_method(counted<layer, 6>), METH_FASTCALL, nullptr},
                          {"lora_layers", as_method(counted<layers, 5>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

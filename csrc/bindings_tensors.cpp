@@ -16,6 +16,13 @@ struct : Lent {
   PyObject *empty_like = nullptr, *written = nullptr;
 } lent;
 
+/// What the question for memory needs; from `know_tensors`, for good.
+struct {
+  const exchange::Api* api = nullptr;
+  PyTypeObject *type = nullptr, *parameter = nullptr;
+  Storages storages;
+} known;
+
 constexpr int64_t kPages = 1 << 16;  // elements from which on a new result's pages are worth a thought
 
 /// A tensor as kernels take it, or a question for the caller: `elements` is 0.
@@ -24,7 +31,8 @@ struct Rows {
   int64_t elements = 0;
   int dtype = -1;
 
-  explicit Rows(PyObject* object) {
+  /// Of a new tensor nobody asks whether its memory is there.
+  explicit Rows(PyObject* object, bool fresh = false) {
     if (Py_TYPE(object) != lent.type) return;
     if (lent.api->lend(object, &at)) {
       PyErr_Clear();
@@ -33,7 +41,7 @@ struct Rows {
     dtype = exchange::dtype_of(at);
     const int64_t count = exchange::contiguous_elements(at);
     if (at.device_type != exchange::kCpu || dtype < 0 || at.ndim < 1 || count < 1 || !at.data) return;
-    elements = count;
+    if (fresh || lent.storages.hold(object, exchange::bytes_of(at), at.bits / 8)) elements = count;
   }
 };
 
@@ -76,6 +84,40 @@ bool run(int kind, const Rows& out, const Rows& x) {
   return true;
 }
 
+/// Whether a plain tensor has memory behind all its elements; false as well where a question is open.
+bool holds(PyObject* object) {
+  exchange::Tensor at;
+  if (Py_TYPE(object) != known.type && Py_TYPE(object) != known.parameter) return false;
+  if (known.api->lend(object, &at)) {
+    PyErr_Clear();
+    return false;
+  }
+  const int64_t bytes = exchange::bytes_of(at);
+  return !bytes || (at.data && known.storages.hold(object, bytes, at.bits / 8));
+}
+
+/// have_memory(tensors): whether each of a list or tuple has, as `holds` knows it.
+PyObject* have_memory(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 1 || !(PyList_CheckExact(given[0]) || PyTuple_CheckExact(given[0])) || !known.api)
+    Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(given[0]); i++) {
+    const Held tensor(Py_NewRef(PySequence_Fast_GET_ITEM(given[0], i)));
+    if (!holds(tensor.object)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+/// know_tensors(type, parameter): whether `have_memory` will be able to tell.
+PyObject* know_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "know_tensors: takes 2 arguments, got %zd", count);
+  for (int i = 0; i < 2; i++) Py_INCREF(given[i]);
+  known.api = exchange::of_type(given[0]);
+  known.type = reinterpret_cast<PyTypeObject*>(given[0]);
+  known.parameter = reinterpret_cast<PyTypeObject*>(given[1]);
+  known.storages.take(given[0]);
+  return PyBool_FromLong(known.api != nullptr);
+}
+
 /// lend_tensors(type, forced, empty_like, written, threads, watches), `written` taking a tuple: whether rows
 /// of that type will be taken.
 PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -96,7 +138,7 @@ PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   if (!lent.wants_no_gradient(object) || !lent.holds_values(object)) Py_RETURN_NONE;
   const Held out(fresh ? PyObject_CallOneArg(lent.empty_like, object) : Py_NewRef(given));
   if (!out.object) return nullptr;
-  const Rows y(out.object);
+  const Rows y(out.object, fresh);
   if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
   if (!fresh) {
     if (given != object && !lent.holds_values(given)) Py_RETURN_NONE;
@@ -118,6 +160,8 @@ PyObject* rows(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 PyMethodDef methods[] = {{"lend_tensors", as_method(lend_tensors), METH_FASTCALL, nullptr},
+                         {"know_tensors", as_method(know_tensors), METH_FASTCALL, nullptr},
+                         {"have_memory", as_method(have_memory), METH_FASTCALL, nullptr},
                          {"softmax_rows", as_method(rows<cpu::kSoftmax>), METH_FASTCALL, nullptr},
                          {"log_softmax_rows", as_method(rows<cpu::kLogSoftmax>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

@@ -75,6 +75,16 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
+/// From the first element to the end of the last.
+inline int64_t bytes_of(const Tensor& t) {
+  int64_t last = 0;
+  for (int d = 0; d < t.ndim; d++) {
+    if (!t.shape[d]) return 0;
+    last += (t.shape[d] - 1) * stride_of(t, d);
+  }
+  return (last + 1) * (t.bits / 8);
+}
+
 inline char* data_of(const Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
 }  // namespace pk::exchange

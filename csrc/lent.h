@@ -8,8 +8,10 @@ namespace pk {
 /// What all of them need of torch and of the package.
 struct Lent {
   const exchange::Api* api = nullptr;
-  PyObject *forced = nullptr, *threads = nullptr, *is_neg = nullptr, *requires_grad = nullptr;
+  PyObject *forced = nullptr, *threads = nullptr, *requires_grad = nullptr;
+  Method is_neg;
   Watches watches;
+  Storages storages;
 
   /// References stay with the caller. Returns whether tensors of that type will be taken.
   bool take(PyObject* type, PyObject* forced_, PyObject* threads_, PyObject* watches_) {
@@ -17,14 +19,15 @@ struct Lent {
     forced = forced_;
     threads = threads_;
     watches.take(watches_);
-    is_neg = PyUnicode_InternFromString("is_neg");
+    storages.take(type);
+    is_neg.take(type, "is_neg");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     return api != nullptr;
   }
   /// Whether the context leaves the choice of a backend to us, and nobody waits for an operator.
   bool chosen_freely() const { return api && holds_none(forced) && watches.none(); }
   /// Whether memory holds the values themselves. A negated view is the one thing that the protocol hides.
-  bool holds_values(PyObject* tensor) const { return says_no(PyObject_CallMethodNoArgs(tensor, is_neg)); }
+  bool holds_values(PyObject* tensor) const { return says_no(is_neg.of(tensor)); }
   bool wants_no_gradient(PyObject* tensor) const { return says_no(PyObject_GetAttr(tensor, requires_grad)); }
 };
 

@@ -3,6 +3,8 @@
 #pragma once
 #include <Python.h>
 
+#include <cstdint>
+
 namespace pk {
 
 /// A reference that is given back.
@@ -35,22 +37,61 @@ inline bool holds_none(PyObject* variable) {
 }
 
 /// Answers whether somebody follows the calls of operators, which what a kernel does would escape. Made of
-/// two functions: how many modes of dispatch there are, and which trace.
+/// two functions: how many modes of dispatch there are, and which trace; and of the module that knows the
+/// level of forward differentiation.
 class Watches {
  public:
-  void take(PyObject* two) {
-    modes_ = PyTuple_GetItem(two, 0);
-    trace_ = PyTuple_GetItem(two, 1);
+  void take(PyObject* three) {
+    modes_ = PyTuple_GetItem(three, 0);
+    trace_ = PyTuple_GetItem(three, 1);
+    forward_ = PyTuple_GetItem(three, 2);
+    level_ = PyUnicode_InternFromString("_current_level");
   }
   bool none() const {
     const Held modes(PyObject_CallNoArgs(modes_)), trace(PyObject_CallNoArgs(trace_));
-    const bool none = modes.object && PyLong_AsLong(modes.object) == 0 && trace.object == Py_None;
+    const Held level(PyObject_GetAttr(forward_, level_));
+    const bool none = modes.object && PyLong_AsLong(modes.object) == 0 && trace.object == Py_None &&
+                      level.object && PyLong_AsLong(level.object) < 0;
     if (!none) PyErr_Clear();
     return none;
   }
 
  private:
-  PyObject *modes_ = nullptr, *trace_ = nullptr;
+  PyObject *modes_ = nullptr, *trace_ = nullptr, *forward_ = nullptr, *level_ = nullptr;
+};
+
+/// A method of a type without arguments, looked up once.
+class Method {
+ public:
+  void take(PyObject* type, const char* name) { function_ = PyObject_GetAttrString(type, name); }
+  PyObject* of(PyObject* object) const {
+    return function_ ? PyObject_Vectorcall(function_, &object, 1, nullptr) : nullptr;
+  }
+
+ private:
+  PyObject* function_ = nullptr;
+};
+
+/// Answers whether memory lies behind a tensor: its storage may have been freed or shrunk, and the protocol
+/// tells an address alone.
+class Storages {
+ public:
+  void take(PyObject* type) {
+    storage_.take(type, "untyped_storage");
+    offset_.take(type, "storage_offset");
+  }
+  /// `bytes` from the first element of the tensor on, which are `size` each.
+  bool hold(PyObject* tensor, int64_t bytes, int size) const {
+    const Held storage(storage_.of(tensor)), offset(offset_.of(tensor));
+    const Py_ssize_t whole = storage.object ? PyObject_Size(storage.object) : -1;
+    const int64_t start = offset.object ? PyLong_AsLongLong(offset.object) : -1;
+    if (whole >= 0 && start >= 0) return start * size + bytes <= whole;
+    PyErr_Clear();
+    return false;
+  }
+
+ private:
+  Method storage_, offset_;
 };
 
 using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);

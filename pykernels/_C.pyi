@@ -1,7 +1,8 @@
 """Types of the compiled module: addresses, sizes and codes; see csrc/bindings*.cpp."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 
@@ -202,8 +203,10 @@ def lend_tensors(
     empty_like: Callable[..., torch.Tensor],
     written: Callable[..., None],
     threads: Callable[[], int],
-    watches: tuple[Callable[[], int], Callable[[], object]],
+    watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
 ) -> bool: ...
+def know_tensors(kind: type[torch.Tensor], parameter: type[torch.Tensor]) -> bool: ...
+def have_memory(tensors: Sequence[torch.Tensor]) -> bool: ...
 def softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
 def log_softmax_rows(x: object, dim: object, out: object) -> torch.Tensor | None: ...
 def lend_layers(
@@ -214,8 +217,7 @@ def lend_layers(
     recording: Callable[[], bool],
     threads: Callable[[], int],
     float_rows: int,
-    float_weight: int,
-    watches: tuple[Callable[[], int], Callable[[], object]],
+    watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
 ) -> bool: ...
 def lora_layer(
     x: object, weight: object, lora_A: object, lora_B: object, scaling: object, bias: object

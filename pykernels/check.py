@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pykernels import memory
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
@@ -50,14 +52,21 @@ def one_tensor(op: str, name: str, tensor: torch.Tensor) -> None:
 
 def _plain(op: str, name: str, tensor: torch.Tensor) -> None:
     """Memory must hold the values themselves, one after another."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        raise ValueError(
-            f"{op}: {name} must be a dense tensor with data, got {tensor.layout} on {tensor.device}"
-        )
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        dense(op, name, tensor)  # finds the words
     if not tensor.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
     if tensor.is_neg():
         raise ValueError(f"{op}: {name} must not be a negated view, call resolve_neg() first")
+    if not memory.hold((tensor,)):
+        memory.examine(op, name, tensor, plain=True)
+
+
+def dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` must have one element per place, in memory."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{op}: {name} must be a dense tensor with data, got {kind} on {tensor.device}")
 
 
 def models(op: str, tuned: Sequence[torch.Tensor], name: str) -> None:
@@ -76,16 +85,24 @@ def tensors(
     first, like = ("base", base) if base is not None else (f"{name}[0]", tuned[0])
     one_tensor(op, first, like)
     shape, dtype, device = like.shape, like.dtype, None if like.is_cpu else like.device
-    for i, tensor in enumerate(tuned):
-        if (
-            (type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor))
-            or tensor.dtype is not dtype
-            or tensor.shape != shape
-            or (not tensor.is_cpu if device is None else tensor.device != device)
-            or not tensor.is_contiguous()
-            or tensor.is_neg()
-        ):
-            same_kind(op, first, like, f"{name}[{i}]", tensor)  # finds the words
+    try:
+        for i, tensor in enumerate(tuned):
+            if (
+                (type(tensor) is not torch.Tensor and not isinstance(tensor, torch.Tensor))
+                or tensor.dtype is not dtype
+                or tensor.shape != shape
+                or (not tensor.is_cpu if device is None else tensor.device != device)
+                or not tensor.is_contiguous()
+                or tensor.is_neg()
+            ):
+                same_kind(op, first, like, f"{name}[{i}]", tensor)  # finds the words
+    except RuntimeError:  # of a kind that has no strides, or no shape
+        for i, tensor in enumerate(tuned):
+            dense(op, f"{name}[{i}]", tensor)
+        raise
+    if not memory.hold(tuned):
+        for i, tensor in enumerate(tuned):
+            memory.examine(op, f"{name}[{i}]", tensor, plain=True)
     return like
 
 
@@ -142,6 +159,8 @@ def coefficient(op: str, name: str, value: torch.Tensor, like: torch.Tensor, mod
     if value.dim() and (models is None or value.shape != (models,)):
         rule = "[]" if models is None else f"[] or [{models}]"
         raise ValueError(f"{op}: {name} must have shape {rule}, got {list(value.shape)}")
+    dense(op, name, value)
+    memory.examine(op, name, value)
 
 
 def no_gradient(op: str, name: str, value: object) -> None:
@@ -200,10 +219,12 @@ def row_input(op: str, x: torch.Tensor, dtype: torch.dtype | None, *, integers: 
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise NotImplementedError(f"{op}: x must be a dense tensor, got {x.layout}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise NotImplementedError(f"{op}: x must be a dense tensor, got {kind}")
     if x.is_meta:
         raise ValueError(f"{op}: x must be a tensor with data, got one on {x.device}")
+    memory.examine(op, "x", x)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     if x.dtype in FLOAT_DTYPES:
@@ -250,12 +271,10 @@ def beside(
     """``value`` must be a dense tensor on ``like``'s device, to be broadcast to ``shape`` where given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_meta:
-        raise ValueError(
-            f"{op}: {name} must be a dense tensor with data, got {value.layout} on {value.device}"
-        )
+    dense(op, name, value)
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {first}'s device {like.device}, got {value.device}")
+    memory.examine(op, name, value)
     if shape is None:
         return
     short = len(shape) - value.dim()
@@ -286,26 +305,24 @@ def matrix(
     if value.dtype != like.dtype and not (wide and value.dtype == torch.float32):
         rule = f"x's dtype {like.dtype}" + (" or float32" if wide and like.dtype != torch.float32 else "")
         raise TypeError(f"{op}: {name} must have {rule}, got {value.dtype}")
-    if value.layout is not torch.strided or value.is_meta:
-        raise ValueError(
-            f"{op}: {name} must be a dense tensor with data, got {value.layout} on {value.device}"
-        )
+    dense(op, name, value)
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on x's device {like.device}, got {value.device}")
+    memory.examine(op, name, value)
 
 
 def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> None:
     """``out`` must be a dense tensor of ``x``'s shape and device; the dtype's error is torch's."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"{op}: out must be a tensor, got {type(out).__name__}")
-    if out.layout is not torch.strided or out.is_meta:
-        raise ValueError(f"{op}: out must be a dense tensor with data, got {out.layout} on {out.device}")
+    dense(op, "out", out)
     if out.dtype != dtype:
         raise RuntimeError(f"{op}: out must have the result's dtype {dtype}, got {out.dtype}")
     if out.shape != x.shape:
         raise ValueError(f"{op}: out must have x's shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"{op}: out must be on x's device {x.device}, got {out.device}")
+    memory.examine(op, "out", out, plain=True)
 
 
 def result_dtype(op: str, out_dtype: torch.dtype | None, like: torch.Tensor) -> torch.dtype:

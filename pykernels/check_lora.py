@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pykernels import check
+from pykernels import check, memory
 
 
 def adapters(op: str, weight: torch.Tensor, given: Sequence[Any], fan_in_fan_out: bool) -> list[float]:
@@ -135,13 +135,16 @@ def fits(x: torch.Tensor, weight: torch.Tensor, *low: torch.Tensor) -> bool:
     if dtype not in check.FLOAT_DTYPES or not x.dim():
         return False
     for t in (x, weight, *low):
-        if type(t) not in _KINDS or t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided:
+        if type(t) not in memory.PLAIN or t.dtype is not dtype or not t.is_cpu:
+            return False
+        if t.layout is not torch.strided:
             return False
     n, k = weight.shape if weight.dim() == 2 else (-1, -1)
-    return x.shape[-1] == k and all(
-        a.dim() == b.dim() == 2 and a.shape[1] == k and b.shape == (n, a.shape[0]) and a.shape[0] > 0
-        for a, b in zip(low[::2], low[1::2], strict=True)
+    return (
+        memory.hold((x, weight, *low))
+        and x.shape[-1] == k
+        and all(
+            a.dim() == b.dim() == 2 and a.shape[1] == k and b.shape == (n, a.shape[0]) and a.shape[0] > 0
+            for a, b in zip(low[::2], low[1::2], strict=True)
+        )
     )
-
-
-_KINDS = frozenset({torch.Tensor, torch.nn.Parameter})

@@ -141,7 +141,9 @@ def _instruction_sets() -> str:
 @click.option("--no-peers", is_flag=True, help="Skip torch, mergekit and PEFT, which take most of the time.")
 @click.option("--engine", is_flag=True, help="Merge whole checkpoints too (needs 4 GB of disk).")
 @click.option(
-    "--save", is_flag=True, help="Also write bench/results/<machine>.json, which the README quotes."
+    "--save",
+    is_flag=True,
+    help="Put these rows into bench/results/<machine>.json too, which the README quotes.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/bench"), show_default=True)
 def bench(no_peers: bool, engine: bool, save: bool, **options: Any) -> None:

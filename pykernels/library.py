@@ -8,19 +8,20 @@ rules. An eager call without a gradient never comes here: the dispatcher costs m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from pykernels import check
+from pykernels import check, memory
 
 NAMESPACE = "pykernels"
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _SIGN = 1 << 63
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-_tracing: Callable[[], Any] = torch._C._get_tracing_state
+_differentiable: set[str] = set()
+"""Operators that see to tangents by themselves."""
 
 
 def define(
@@ -56,24 +57,75 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake_fill, lib=_LIBRARY)
 
 
-def differentiate(op: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Give ``op`` a gradient; the arguments are those of ``torch.library.register_autograd``."""
-    torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+def differentiate(
+    op: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    tangent: Callable[..., torch.Tensor] | None = None,
+) -> None:
+    """Give ``op`` a gradient, by functions as ``torch.library.register_autograd`` takes them.
 
-
-def watched() -> bool:
-    """Whether work is followed by its operators: by a mode of dispatch (fake tensors, make_fx), a transform
-    of torch.func, or a trace. What a kernel does to memory would escape them.
+    ``tangent`` (result, primals, tangents) gives the forward derivative, the arguments being those of the
+    schema and a tangent None where there is none; without it a tangent is refused, as torch would drop it.
     """
-    return bool(_modes()) or _transforms() is not None or _tracing() is not None
+    overload = getattr(torch.ops.pykernels, op).default
+    reverse = make_autograd_impl(overload, Info(backward, setup_context))
+
+    def kernel(keys: Any, *positional: Any, **named: Any) -> Any:
+        if not duals(positional):
+            return reverse(keys, *positional, **named)
+        if tangent is None:
+            refuse_tangent(op)
+        primals = [_part(value, 0) for value in positional]
+        result = reverse(keys, *primals, **named)
+        whole, *rest = result if isinstance(result, tuple) else (result,)
+        along = tangent(whole, primals, [_part(value, 1) for value in positional], **named)
+        whole = forward_ad.make_dual(whole, along)  # type: ignore[no-untyped-call]
+        return (whole, *rest) if rest else whole
+
+    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+    _differentiable.add(op)
+
+
+def duals(values: Sequence[Any]) -> bool:
+    """Whether a tensor among some arguments carries a tangent."""
+    return memory.duals() and any(
+        isinstance(v, torch.Tensor) and _part(v, 1) is not None
+        for value in values
+        for v in (value if isinstance(value, list | tuple) else (value,))
+    )
+
+
+def no_tangent(op: str, values: Sequence[Any]) -> None:
+    """Refuse tangents that would be dropped without a word."""
+    if duals(values):
+        refuse_tangent(op)
+
+
+def refuse_tangent(op: str) -> NoReturn:
+    """Say that there is no forward derivative."""
+    raise NotImplementedError(
+        f"{op}: no forward derivative is defined here, and an argument carries a tangent: detach it"
+    )
+
+
+def _part(value: Any, which: int) -> Any:
+    """The primal (0) or the tangent (1) of a tensor, or of each of several; a number has no tangent."""
+    if isinstance(value, torch.Tensor):
+        return forward_ad.unpack_dual(value)[which]  # type: ignore[no-untyped-call]
+    if isinstance(value, list | tuple):
+        return [_part(v, which) for v in value]
+    return None if which else value
 
 
 def needed(*coefficients: object) -> bool:
-    """Whether a call must go by the operator: compiled, watched, or a coefficient asks for a gradient."""
-    if is_compiling() or watched():
+    """Whether a call must go by the operator: compiled, watched, or a tensor asks for a gradient or is of a
+    type with operators of its own.
+    """
+    if is_compiling() or memory.watched():
         return True
     for value in coefficients:
-        if check.is_tensor(value) and wants_gradient(value):
+        if check.is_tensor(value) and (wants_gradient(value) or memory.dispatches(value)):
             return True
     return False
 
@@ -86,6 +138,8 @@ def wants_gradient(value: object) -> bool:
 def call(op: str, out: torch.Tensor | None, *positional: Any, **named: Any) -> torch.Tensor:
     """Run ``op`` through the dispatcher; the result is ``out`` where given."""
     overloads = getattr(torch.ops.pykernels, op)
+    if not is_compiling() and (out is not None or op not in _differentiable):
+        no_tangent(op, [out, *positional])
     if out is None:
         result: torch.Tensor = overloads.default(*positional, **named)
         return result
@@ -114,6 +168,7 @@ def inputs(
         check.models(op, tuned, name)
     else:
         check.tensors(op, base, tuned, name)
+        no_tangent(op, [base, *tuned])
     return None if base is None else constant(base), [constant(t) for t in tuned]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from pykernels import lora_linear_torch, products
 from pykernels.lora_linear_torch import ALL, Adapter
-from pykernels.rows import FLOAT_ROWS, FLOAT_WEIGHT
+from pykernels.native import FLOAT_ROWS
 
 Segments = list[tuple[int, int]]
 
@@ -91,7 +91,7 @@ def _few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a product x W^T reads W as it lies, for fewer rows than torch's library wants."""
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         return False
-    return x.shape[0] <= FLOAT_ROWS and (x.shape[0] > 1 or weight.numel() < FLOAT_WEIGHT)
+    return x.shape[0] <= FLOAT_ROWS
 
 
 def _stored(weight: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, Sequence[Adapter]]:

@@ -7,23 +7,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch.autograd import forward_ad
 
 from pykernels import _C
 from pykernels.cut import Cut
-from pykernels.rows import (
-    CODES,
-    COMBINE,
-    FLOAT_ROWS,
-    FLOAT_WEIGHT,
-    MASKS,
-    NONE_KEPT,
-    SUM_BLOCK,
-    through_float32,
-)
+from pykernels.rows import CODES, COMBINE, MASKS, NONE_KEPT, SUM_BLOCK, through_float32
+
+FLOAT_ROWS = 1024 if _C.isas()[0] == "avx2" else 64
+"""Rows up to which a float32 layer is a product of ours; with AVX-512 the products of torch's library are the
+faster ones from about there on."""
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
-_WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state)
-"""What everyday calls ask in place of ``library.watched``: a transform's tensors have no memory to lend."""
+_WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, forward_ad)
+"""What everyday calls ask in place of ``memory.watched``: a transform's tensors have no memory to lend."""
 
 Tensors = Sequence[torch.Tensor]
 
@@ -282,7 +278,7 @@ def everyday_layers(
 ) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
     """The calls (x, weight, A, B, scaling, bias) and (x, weight, adapters, index, bias) of the same kind."""
     types, asked = (torch.Tensor, torch.nn.Parameter, adapter), (forced, torch.is_grad_enabled, threads)
-    _C.lend_layers(*types, *asked, FLOAT_ROWS, FLOAT_WEIGHT, _WATCHES)
+    _C.lend_layers(*types, *asked, FLOAT_ROWS, _WATCHES)
     return _C.lora_layer, _C.lora_layers
 
 

@@ -17,9 +17,6 @@ NONE_KEPT = 0xFFFF_FFFF
 """A key above all others; keys of cuts are 32 bits in the kernels."""
 SUM_BLOCK = 4096
 """Elements of a block of the sums in float64 (l1_norms, dot_products)."""
-FLOAT_ROWS, FLOAT_WEIGHT = 64, 1 << 16
-"""Rows up to which a float32 layer on the CPU is a product of ours, as torch's library wants more of them,
-and elements of a weight from which on that library knows better what to do with one row."""
 _PIECE = 1 << 18
 
 

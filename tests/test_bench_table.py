@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from pykernels.backends import TABLE
-from pykernels.bench import chart, inputs, peers, report
+from pykernels.bench import chart, inputs, peers, report, roofline, turns
 from pykernels.bench.cases import CALLS, CASES, Case, Target
 from pykernels.bench.inputs import Spec
 from pykernels.bench.lora_calls import values
-from pykernels.bench.report import BEGIN, END
 
 IDEAL = {"of": "ideal", "word": "", "most": 3.5}
 ROW = {
@@ -133,36 +132,29 @@ def test_a_run_reads_well():
     assert "24.0 and 23.0 GB/s; copy 20.0 and 19.0 GB/s" in text
 
 
-def test_the_readme_gets_the_committed_runs(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    report.save(RUN, tmp_path / "results" / "one.json")
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    assert not report.write_readme(readme, check=True)
-    assert "old" in readme.read_text()
-    report.write_readme(readme)
-    assert report.write_readme(readme, check=True)
-    text = readme.read_text()
-    assert (
-        text.startswith(f"above\n{BEGIN}\n") and text.endswith(f"{END}\nbelow\n") and "mergekit 301x" in text
-    )
-
-
-def test_a_readme_without_the_place_is_refused(tmp_path):
-    (tmp_path / "README.md").write_text("nothing here\n")
-    with pytest.raises(ValueError, match="has no lines"):
-        report.write_readme(tmp_path / "README.md")
-
-
-def test_results_are_named_by_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    path = report.save(RUN)
-    assert path.name == "some-cpu-2-avx2-2-threads.json"
-    assert report.load(path) == RUN
-
-
 def test_the_chart_needs_nothing_beside_it(tmp_path):
     picture, page = chart.draw(RUN, tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
     assert "data:image/png;base64," in text and "ties_merge 4096x4096 bf16 n=3" in text and "http" not in text
+
+
+@pytest.mark.parametrize(
+    ("slower", "said"),
+    [
+        ((1.1, 1.15), "(is 1.12, 1.10 to 1.15): yes"),
+        ((1.21, 1.3), "(is 1.25, 1.21 to 1.30): NO"),
+        ((1.1, 1.3), "(is 1.20, 1.10 to 1.30): not resolved"),
+    ],
+)
+def test_a_row_is_held_against_another_round_by_round(slower, said):
+    """The machine slows down by half in some rounds, and no ratio with it."""
+    case = next(c for c in CASES if c.options.get("logits") == "masked")
+    assert roofline.rounds([case]) == turns.ROUNDS > roofline.rounds([Case("softmax", case.spec)])
+    plain = [1.0 + (i // 7 % 2) / 2 for i in range(turns.ROUNDS)]
+    seconds = {case.target.of: plain, case.name: [a * slower[i % 2] for i, a in enumerate(plain)]}
+    row = {"target": {"of": case.target.of, "word": case.target.word, "most": case.target.most}}
+    roofline.judge_pairs(row, case, {name: s[:20] for name, s in seconds.items()})
+    assert "met" not in row
+    roofline.judge_pairs(row, case, seconds)
+    assert report.target(row).endswith(said) and row["pairs"] == turns.ROUNDS

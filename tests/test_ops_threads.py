@@ -20,6 +20,15 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("PYKERNELS_BACKEND") == "ref",
     reason="about the kernels' threads: torch's own do not survive a fork",
 )
+
+
+def products(b: torch.Tensor, t: list[torch.Tensor]) -> torch.Tensor:
+    """A layer's, which torch's threads work on where they can."""
+    rows = b.view(-1)[: min(8, len(b) // 64) * 64].view(-1, 64)
+    weight = t[0][: len(b) // 64 * 64].view(-1, 64)
+    return pk.lora_linear(rows, weight, weight[:1], weight[:, :1], scaling=0.5)
+
+
 OPS = (
     lambda b, t: pk.linear_merge([b, *t], 1.0),
     lambda b, t: pk.ties_merge(b, t, density=0.2),
@@ -27,6 +36,7 @@ OPS = (
     lambda b, t: pk.dare_merge(b, t, density=0.2, seed=1, rescale="l1", consensus="ties"),
     lambda b, t: pk.kth_magnitude(b, t, 0.2),
     lambda b, t: pk.elect_sign(t, 1.0),
+    products,
 )
 
 

@@ -52,6 +52,15 @@ def test_the_best_has_a_star():
     assert text.endswith("0: 2.000   4096: 1.000*") and text.startswith("kAhead ")
 
 
+def test_a_part_keeps_the_rest_of_the_file(tmp_path):
+    path = tmp_path / "constants.json"
+    old = [{"constant": name, "ns": {"0": 1.0}} for name in ("stored", "kAhead", "kGone")]
+    assert constants.together(old[:2], path) == old[:2]
+    constants.report.save({"rows": old}, path)
+    new = [{"constant": "kAhead", "ns": {"0": 2.0}}]
+    assert constants.together(new, path) == [old[0], *new]
+
+
 def test_an_unknown_constant_is_refused(capsys):
     with pytest.raises(SystemExit):
         constants.main(["--only", "kNothing"])

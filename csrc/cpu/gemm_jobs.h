@@ -9,10 +9,11 @@ namespace pk::cpu {
 // Part of what a result is: a sum over k is one chain of fused multiply-adds per kGemmDepth terms, and the
 // chains' results are added up in order. Neither lanes nor tiles nor threads change a bit.
 constexpr int64_t kGemmDepth = 256;
-constexpr int64_t kGemmWidth = 128;  // columns of a tile of sums; a tile of draws too, where columns are
-constexpr int64_t kGemmRows = 512;   // rows of a tile of sums at most: its 256 KiB stay in the second cache
-constexpr int64_t kGemmDots = 3;     // up to so many rows a product is a dot product per element
-constexpr int64_t kGemmStripe = 32;  // of so many interleaved partial sums
+constexpr int64_t kGemmWidth = 128;   // columns of a tile of sums; a tile of draws too, where columns are
+constexpr int64_t kGemmRows = 512;    // rows of a tile of sums at most: its 256 KiB stay in the second cache
+constexpr int64_t kGemmDots = 3;      // up to so many rows a product is a dot product per element
+constexpr int64_t kGemmStripe = 32;   // of so many interleaved partial sums
+constexpr int64_t kGemmStretch = 64;  // elements of a column that it takes before it turns to the next
 
 /// Element (i, j) stands at i * row + j * col.
 struct Matrix {

@@ -55,11 +55,10 @@ PK_IN F multiply_where(M m, F a, F b) {
 PK_IN void store(uint32_t* p, U x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
 PK_IN void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
 
-// For exponentials. A NaN in x survives larger and smaller.
+// For exponentials. A NaN in x survives larger.
 PK_IN F load_floats(const float* p) { return {_mm256_loadu_ps(p)}; }
 PK_IN F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 PK_IN F larger(F bound, F x) { return {_mm256_max_ps(bound.v, x.v)}; }
-PK_IN F smaller(F bound, F x) { return {_mm256_min_ps(bound.v, x.v)}; }
 PK_IN M less(F a, F b) { return as_mask(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
 PK_IN float largest_lane(F x) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
@@ -67,7 +66,9 @@ PK_IN float largest_lane(F x) {
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 PK_IN F as_power(F r) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(r.v), 23))}; }
-PK_IN F bits_of_nearest(F x) { return {_mm256_castsi256_ps(_mm256_cvtps_epi32(x.v))}; }
+PK_IN F less_exponents(F x, int by) {  // x * 2^-by, or the bits that stand for a denormal one
+  return {_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(by << 23)))};
+}
 
 /// Number of set lanes, summed over calls.
 struct Counter {

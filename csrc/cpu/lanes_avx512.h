@@ -49,15 +49,16 @@ PK_IN F multiply_where(M m, F a, F b) { return {_mm512_maskz_mul_ps(m.v, a.v, b.
 PK_IN void store(uint32_t* p, U x) { _mm512_storeu_si512(p, x.v); }
 PK_IN void store(float* p, F x) { _mm512_storeu_ps(p, x.v); }
 
-// For exponentials. A NaN in x survives larger and smaller.
+// For exponentials. A NaN in x survives larger.
 PK_IN F load_floats(const float* p) { return {_mm512_loadu_ps(p)}; }
 PK_IN F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 PK_IN F larger(F bound, F x) { return {_mm512_max_ps(bound.v, x.v)}; }
-PK_IN F smaller(F bound, F x) { return {_mm512_min_ps(bound.v, x.v)}; }
 PK_IN M less(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 PK_IN float largest_lane(F x) { return _mm512_reduce_max_ps(x.v); }
 PK_IN F as_power(F r) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(r.v), 23))}; }
-PK_IN F bits_of_nearest(F x) { return {_mm512_castsi512_ps(_mm512_cvtps_epi32(x.v))}; }
+PK_IN F less_exponents(F x, int by) {  // x * 2^-by, or the bits that stand for a denormal one
+  return {_mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(by << 23)))};
+}
 
 /// Number of set lanes, summed over calls.
 struct Counter {

@@ -64,23 +64,21 @@ PK_IN F multiply_where(M m, F a, F b) { return {Floats(Ints(a.v * b.v) & m.v)}; 
 PK_IN void store(uint32_t* p, U x) { memcpy(p, &x.v, 16); }
 PK_IN void store(float* p, F x) { memcpy(p, &x.v, 16); }
 
-// For exponentials. A NaN in x survives larger and smaller.
+// For exponentials. A NaN in x survives larger.
 PK_IN F load_floats(const float* p) {
   F x;
   memcpy(&x.v, p, 16);
   return x;
 }
 PK_IN F larger(F bound, F x) { return select({Ints(bound.v > x.v)}, bound, x); }
-PK_IN F smaller(F bound, F x) { return select({Ints(bound.v < x.v)}, bound, x); }
 PK_IN M less(F a, F b) { return {Ints(a.v < b.v)}; }
 PK_IN float largest_lane(F x) {
   const float a = x.v[0] > x.v[1] ? x.v[0] : x.v[1], b = x.v[2] > x.v[3] ? x.v[2] : x.v[3];
   return a > b ? a : b;
 }
 PK_IN F as_power(F r) { return {Floats(Words(r.v) << 23)}; }
-PK_IN F bits_of_nearest(F x) {  // of numbers in [0, 2^23)
-  const Words shifted = Words((x + F::of(0x1p+23f)).v);
-  return {Floats(shifted - Words(F::of(0x1p+23f).v))};
+PK_IN F less_exponents(F x, int by) {  // x * 2^-by, or the bits that stand for a denormal one
+  return {Floats(Ints(x.v) - (by << 23))};
 }
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 PK_IN F fma(F a, F b, F c) {

@@ -6,78 +6,25 @@
 // instruction set, the threads or the place in a batch.
 #pragma once
 #include "../math/exp.h"
-#include "lanes.h"
 #include "softmax_jobs.h"
-
-#define PK_ALWAYS __attribute__((always_inline))
+#include "stripe.h"
 
 namespace pk::cpu::PK_ISA {
 namespace {
 
-constexpr int kStripe = 32;  // elements, one per virtual lane
-constexpr int kPairs = kStripe / kGroup;
 constexpr int kLazy = 4 * kStripe;  // elements whose terms are added up before the lanes see them
 constexpr int kFew = 4;             // such sums that are added up again: a sum of few terms rounds less
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr float kHeadroom = 16;  // the exponent of a sum is raised by numbers that exceed it by e^16
 
-struct Stripe {
-  Pair p[kPairs];
-};
-
-template <class T>
-PK_IN Stripe load_stripe(const T* x) {
-  Stripe s;
-  for (int k = 0; k < kPairs; k++) s.p[k] = load(x + k * kGroup);
-  return s;
-}
-PK_IN Stripe zero_stripe() {
-  Stripe s;
-  for (int k = 0; k < kPairs; k++) s.p[k] = zero_pair();
-  return s;
-}
-template <class Function>
-PK_IN Stripe each(const Stripe& s, Function f) {
-  Stripe r;
-  for (int k = 0; k < kPairs; k++) r.p[k] = {f(s.p[k].a), f(s.p[k].b)};
-  return r;
-}
-
-PK_IN Stripe plus(const Stripe& s, const Stripe& t) {
-  Stripe r;
-  for (int k = 0; k < kPairs; k++) r.p[k] = {s.p[k].a + t.p[k].a, s.p[k].b + t.p[k].b};
-  return r;
-}
-
-/// Round a stripe as T's load orders it and write it as elements of O; a NaN of a 16-bit output must be
-/// canonical. `stream`: past the cache, where `out` is a multiple of 64.
-template <class T, class O>
-PK_IN void put_stripe(O* out, const Stripe& s, bool stream = false) {
-  for (int k = 0; k < kPairs; k++) {
-    Pair y = s.p[k];
-    if (kParted<T> && !kParted<O>) y = interleave(y);
-    if (kParted<O> && !kParted<T>) y = part(y);
-    put(out + k * kGroup, y, stream);
-  }
-}
-
-/// The same for the first `count` elements of a stripe.
-template <class T, class O>
-PK_IN void put_some(O* out, const Stripe& s, int count, bool stream = false) {
-  if (count == kStripe) return put_stripe<T>(out, s, stream);
-  alignas(64) O last[kStripe];
-  put_stripe<T>(last, s);
-  memcpy(static_cast<void*>(out), last, size_t(count) * sizeof(O));
-}
-
 /// Exponentials on the way to an output of type O: 16 bits need fewer terms.
 template <class O>
 constexpr int kDegree = sizeof(O) == 4 ? 6 : 4;
 
-template <int degree>
-PK_IN F lifted_exp(F z, F magic, F low) {
-  F power;
-  const F p = mantissa<degree>(larger(low, z), magic, power);
+template <int degree, class V>
+PK_IN V lifted_exp(const V& z, const V& magic, const V& low) {
+  V power;
+  const V p = mantissa<degree>(larger(low, z), magic, power);
   return p * power;
 }
 
@@ -86,32 +33,38 @@ template <class T>
 PK_IN double tree(const Stripe& s) {
   alignas(64) float lane[kStripe];
   for (int k = 0; k < kPairs; k++) put(lane + k * kGroup, kParted<T> ? interleave(s.p[k]) : s.p[k], false);
-  alignas(64) double sum[kStripe / 2];
-  for (int l = 0; l < 16; l++) sum[l] = double(lane[l]) + double(lane[l + 16]);
-  for (int l = 0; l < 8; l++) sum[l] += sum[l + 8];
-  for (int l = 0; l < 4; l++) sum[l] += sum[l + 4];
-  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  typedef float Floats4 __attribute__((vector_size(16)));  // a compiler would take the lanes one by one
+  typedef double Doubles4 __attribute__((vector_size(32)));
+  Doubles4 sum[4];
+  for (int k = 0; k < 4; k++) {
+    Floats4 low, high;
+    memcpy(&low, lane + 4 * k, sizeof low);
+    memcpy(&high, lane + 4 * k + kStripe / 2, sizeof high);
+    sum[k] = __builtin_convertvector(low, Doubles4) + __builtin_convertvector(high, Doubles4);
+  }
+  const Doubles4 all = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  return (all[0] + all[2]) + (all[1] + all[3]);
 }
 
 /// The virtual lanes of one block.
 template <class T>
 struct Lanes {
-  Stripe s = zero_stripe(), few = zero_stripe();
+  Stripe s = Stripe::of(0), few = Stripe::of(0);
   int parts = 0;
 
   /// `part` holds the sums of kLazy elements; four parts are added up before the rest sees them.
   PK_MEMBER void add(const Stripe& part) {
-    few = plus(few, part);
+    few = few + part;
     if (++parts == kFew) fold();
   }
   PK_MEMBER void fold() {
-    s = plus(s, few);
-    few = zero_stripe();
+    s = s + few;
+    few = Stripe::of(0);
     parts = 0;
   }
   PK_MEMBER void scale(float by) {
-    s = each(s, [=](F x) PK_ALWAYS { return x * F::of(by); });
-    few = each(few, [=](F x) PK_ALWAYS { return x * F::of(by); });
+    s = s * Stripe::of(by);
+    few = few * Stripe::of(by);
   }
   PK_MEMBER Stripe all() {
     fold();
@@ -156,9 +109,9 @@ PK_IN void each_stripe(const T* x, int64_t n, Body&& body) {
 /// The sum of term(stripe, first index, length) over at most kLazy elements.
 template <class T, class Term>
 PK_IN Stripe sum_of_few(const T* x, int64_t n, Term&& term) {
-  Stripe part = zero_stripe();
+  Stripe part = Stripe::of(0);
   each_stripe(x, n,
-              [&](const Stripe& s, int64_t i, int count) PK_ALWAYS { part = plus(part, term(s, i, count)); });
+              [&](const Stripe& s, int64_t i, int count) PK_ALWAYS { part = part + term(s, i, count); });
   return part;
 }
 
@@ -170,8 +123,7 @@ PK_IN Stripe sum_of_block(const T* x, int64_t n, Term&& term) {
   const int64_t full = n / kLazy * kLazy;
   for (int64_t i = 0; i < full; i += kLazy) {
     Stripe part = term(load_stripe(x + i), i, kStripe);
-    for (int k = kStripe; k < kLazy; k += kStripe)
-      part = plus(part, term(load_stripe(x + i + k), i + k, kStripe));
+    for (int k = kStripe; k < kLazy; k += kStripe) part = part + term(load_stripe(x + i + k), i + k, kStripe);
     lanes.add(part);
   }
   if (full < n)
@@ -184,13 +136,9 @@ PK_IN Stripe sum_of_block(const T* x, int64_t n, Term&& term) {
 /// Largest element, NaN ignored; -inf for none.
 template <class T>
 PK_IN float largest(const T* x, int64_t n) {
-  Stripe m = each(zero_stripe(), [](F) PK_ALWAYS { return F::of(kMinusInfinity); });
-  each_stripe(x, n, [&](const Stripe& s, int64_t, int) PK_ALWAYS {
-    for (int k = 0; k < kPairs; k++) m.p[k] = {larger(s.p[k].a, m.p[k].a), larger(s.p[k].b, m.p[k].b)};
-  });
-  F all = larger(m.p[0].a, m.p[0].b);
-  for (int k = 1; k < kPairs; k++) all = larger(all, larger(m.p[k].a, m.p[k].b));
-  return largest_lane(all);
+  Stripe m = Stripe::of(kMinusInfinity);
+  each_stripe(x, n, [&](const Stripe& s, int64_t, int) PK_ALWAYS { m = larger(s, m); });
+  return largest_lane(largest_register(m));
 }
 
 template <class T>
@@ -209,13 +157,13 @@ PK_IN void fetch(const void* p, int64_t bytes) {
 
 /// The pass over a block whose exponent is known: its w to `to`, in the order of T's load, and their lanes
 /// back. Floats are written as many as there are; what stands for 16 bits fills whole stripes. What lies
-/// `ahead` bytes behind each element is fetched.
+/// `ahead` bytes behind each element is fetched, unless that is 0.
 template <class T, int degree, bool keep>
 PK_IN Stripe exponentials_of_block(const T* x, float* to, int64_t n, Reference at, int64_t ahead) {
-  const F magic = F::of(at.magic), low = F::of(at.low);
+  const Stripe magic = Stripe::of(at.magic), low = Stripe::of(at.low);
   return sum_of_block(x, n, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-    fetch(reinterpret_cast<const char*>(x + i) + ahead, kStripe * int64_t(sizeof(T)));
-    const Stripe w = each(s, [=](F z) PK_ALWAYS { return lifted_exp<degree>(z, magic, low); });
+    if (ahead) fetch(reinterpret_cast<const char*>(x + i) + ahead, kStripe * int64_t(sizeof(T)));
+    const Stripe w = lifted_exp<degree>(s, magic, low);
     if (keep) put_some<float>(to + i, w, sizeof(T) == 4 ? count : kStripe);
     return w;
   });
@@ -237,13 +185,12 @@ PK_IN double exponentials(const T* x, float* to, int64_t n, Reference at, int64_
   return before + total;
 }
 
-/// w * inverse * 2^-64, rounded once to float where that is denormal too. There it is rounded as an integer,
-/// since arithmetic on denormals costs many times as much.
-PK_IN F carefully_scaled(F w, F inverse) {
-  const F y = w * inverse;
-  const M tiny = less(y, F::of(0x1p-62f));
-  const F bits = bits_of_nearest(select(tiny, y, F::of(0)) * F::of(0x1p85f));
-  return select(tiny, bits, select(tiny, F::of(1), y) * F::of(0x1p-64f));
+/// y * 2^-64 for y >= 0, rounded once where that is denormal, without arithmetic on denormals, which costs
+/// many times as much. There the mean of y and 2^-62 is larger than y, and the last place of it is the least
+/// denormal; less 64 exponents, the bits of the larger one are the result.
+template <class V>
+PK_IN V unlifted(const V& y) {
+  return less_exponents(larger(y, fma(y, V::of(0.5f), V::of(0x1p-63f))), kLift);
 }
 
 /// A float16 rounds all that is denormal in float to 0.
@@ -253,19 +200,13 @@ constexpr bool kFlushes = sizeof(O) == 2 && !kParted<O>;
 /// y from w.
 template <class O>
 PK_IN Stripe finished(const Stripe& w, const Answer& by) {
-  const F lowered = F::of(by.lowered);
-  if (kFlushes<O>) return each(w, [&](F x) PK_ALWAYS { return larger(F::of(by.floor), x) * lowered; });
-  F least = smaller(w.p[0].a, w.p[0].b);
-  for (int k = 1; k < kPairs; k++) least = smaller(least, smaller(w.p[k].a, w.p[k].b));
-  const M some = less(least, F::of(by.limit));
-  if (__builtin_expect(any(some, some), 0))
-    return each(w, [&](F x) PK_ALWAYS { return carefully_scaled(x, F::of(by.inverse)); });
-  return each(w, [&](F x) PK_ALWAYS { return x * lowered; });
+  if (kFlushes<O>) return larger(Stripe::of(by.floor), w) * Stripe::of(by.lowered);
+  return unlifted(w * Stripe::of(by.inverse));
 }
 
 /// y = w / sum over a row whose w stand at `from`, in the order of T's load.
 template <class T, class O>
-PK_IN void scale_row(const float* from, O* out, int64_t n, const Answer& by, bool stream) {
+PK_IN void scale_row(const float* from, O* out, int64_t n, const Answer by, bool stream) {
   const int64_t full = n / kStripe * kStripe;
   for (int64_t i = 0; i < full; i += kStripe)
     put_stripe<T>(out + i, finished<O>(load_stripe(from + i), by), stream);
@@ -278,7 +219,7 @@ PK_IN void scale_row(const float* from, O* out, int64_t n, const Answer& by, boo
 /// Writes the same number n times.
 template <class O>
 PK_IN void fill(O* out, int64_t n, float x) {
-  const Stripe s = each(zero_stripe(), [=](F) PK_ALWAYS { return F::of(x); });
+  const Stripe s = Stripe::of(x);
   for (int64_t i = 0; i < n; i += kStripe)
     put_some<float, O>(out + i, s, n - i < kStripe ? int(n - i) : kStripe);
 }

@@ -35,7 +35,7 @@ PK_IN void each_two(const T* g, const T* y, int64_t n, Body&& body) {
 
 template <bool log, class T>
 PK_IN double sum_block(const T* g, const T* y, int64_t n) {
-  Stripe sum = zero_stripe();
+  Stripe sum = Stripe::of(0);
   each_two(g, y, n, [&](const Stripe& a, const Stripe& b, int64_t, int) PK_ALWAYS {
     for (int k = 0; k < kPairs; k++) {
       Pair& to = sum.p[k];

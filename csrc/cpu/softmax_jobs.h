@@ -76,7 +76,7 @@ struct Regime {
 // result on the form: these constants cost or save time only. bench/softmax_constants.py measures those that
 // no table has its size from; bench/results/softmax/constants-*.json are its results, of AVX2 so far.
 constexpr Regime kOnAvx512 = {65536, INT64_MAX};  // a second exponential costs no more than storing the first
-constexpr Regime kOnAvx2 = {1 << 20, 1 << 23};    // it does, while a third-level cache keeps what is stored
+constexpr Regime kOnAvx2 = {1 << 20, 1 << 22};    // it does, while a third-level cache keeps what is stored
 constexpr Regime kOnOthers = {1 << 20, INT64_MAX};  // no instruction goes past the cache
 constexpr int64_t kCachedFloats = 4096;    // a row of log_softmax or logsumexp that the first cache holds
 constexpr int64_t kLoadedFloats = 65536;   // one that options make: longer ones are made twice
@@ -91,6 +91,7 @@ constexpr int64_t kColumnFloats = 262144;  // of that scratch: past the second-l
                                            // of strided rows cost more than the third
 constexpr int64_t kStreamed = 1 << 23;     // floats of a row whose result no cache would keep: past it
 constexpr int64_t kAhead = 4096;           // bytes that long rows are fetched ahead
+constexpr int64_t kNear = 131072;          // bytes of rows that the second cache holds: they need no fetching
 constexpr int64_t kRowBatch = 32768;       // elements of short rows that a thread takes at a time
 constexpr int64_t kSlack = 256;            // floats behind a scratch row that kernels may write
 

@@ -11,9 +11,9 @@ namespace {
 /// y = (z - high) - rest.
 template <class T, class O>
 PK_IN void log_row(const T* z, O* out, int64_t n, const Answer& by, bool stream) {
-  const F high = F::of(by.high), rest = F::of(by.rest);
+  const Stripe high = Stripe::of(by.high), rest = Stripe::of(by.rest);
   each_stripe(z, n, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-    put_some<T>(out + i, each(s, [=](F x) PK_ALWAYS { return (x - high) - rest; }), count, stream);
+    put_some<T>(out + i, (s - high) - rest, count, stream);
   });
 }
 
@@ -54,6 +54,13 @@ PK_IN float* place_of(const Softmax& job, int64_t row, float* scratch) {
   return reinterpret_cast<float*>(result_of<O>(job, row));
 }
 
+/// How far ahead the rows' elements, of T, are fetched: no less than what goes together.
+template <class T>
+PK_IN int64_t ahead_of(const Softmax& job, int64_t together) {
+  const int64_t row = job.n * int64_t(sizeof(T));
+  return job.outer * row <= kNear ? 0 : together * row < kAhead ? kAhead : together * row;
+}
+
 /// One row of z = `x` - shift; `scratch` may be `x`.
 template <class T, class O>
 void row_of(const Softmax& job, const T* x, int64_t at, float shift, float* scratch) {
@@ -63,8 +70,9 @@ void row_of(const Softmax& job, const T* x, int64_t at, float shift, float* scra
     float* w = place_of<O>(job, at, scratch);
     row.exponent = nearest_exponent(row.most);
     const Reference by = reference(row.exponent);
-    row.total = job.kind == kSoftmax ? exponentials<T, kDegree<O>, true>(x, w, job.n, by, kAhead)
-                                     : exponentials<T, 6, false>(x, nullptr, job.n, by, kAhead);
+    const int64_t ahead = ahead_of<T>(job, 0);
+    row.total = job.kind == kSoftmax ? exponentials<T, kDegree<O>, true>(x, w, job.n, by, ahead)
+                                     : exponentials<T, 6, false>(x, nullptr, job.n, by, ahead);
     if (job.sink) row.total += lifted_sink(sink, shift, by);
     return finish_row<T, O>(job, at, x, w, shift, row);
   }
@@ -80,7 +88,7 @@ void row_of(const Softmax& job, const T* x, int64_t at, float shift, float* scra
 template <class O>
 void rows_together(const Softmax& job, int64_t first, int count, float* scratch) {
   const int64_t n = job.n, stride = (n + kStripe - 1) / kStripe * kStripe;
-  const int64_t bytes = count * n * int64_t(sizeof(O)), ahead = bytes < kAhead ? kAhead : bytes;
+  const int64_t ahead = ahead_of<O>(job, count);
   const O* x = static_cast<const O*>(job.x) + first * n;
   Row row[kTogether];
   Reference at[kTogether];

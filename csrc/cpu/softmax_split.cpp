@@ -37,23 +37,17 @@ struct LazySum {
   F seen = F::of(kMinusInfinity);
 
   PK_MEMBER bool group(Lanes<T>& lanes, const T* x, int64_t count) {
-    F most = F::of(kMinusInfinity);
-    each_stripe(x, count, [&](const Stripe& s, int64_t, int) PK_ALWAYS {
-      for (int k = 0; k < kPairs; k++) most = larger(s.p[k].b, larger(s.p[k].a, most));
-    });
+    Stripe all = Stripe::of(kMinusInfinity);
+    each_stripe(x, count, [&](const Stripe& s, int64_t, int) PK_ALWAYS { all = larger(s, all); });
+    const F most = largest_register(all);
     const M above = less(F::of(bound), most);
     if (__builtin_expect(any(above, above), 0) && !raise(lanes, largest_lane(most))) return false;
-    const F magic = F::of(at.magic), low = F::of(at.low);
-    Stripe part = zero_stripe();
+    const Stripe magic = Stripe::of(at.magic), low = Stripe::of(at.low);
+    Stripe part = Stripe::of(0);
     each_stripe(x, count, [&](const Stripe& s, int64_t, int) PK_ALWAYS {
-      for (int k = 0; k < kPairs; k++) {
-        Pair& to = part.p[k];
-        F power;
-        const F a = mantissa<degree>(larger(low, s.p[k].a), magic, power);
-        to.a = fma(a, power, to.a);  // a product by a power of two is exact: the same as a sum of w
-        const F b = mantissa<degree>(larger(low, s.p[k].b), magic, power);
-        to.b = fma(b, power, to.b);
-      }
+      Stripe power;
+      const Stripe p = mantissa<degree>(larger(low, s), magic, power);
+      part = fma(p, power, part);  // a product by a power of two is exact: the same as a sum of w
     });
     lanes.add(part);
     seen = larger(most, seen);
@@ -108,19 +102,19 @@ RowSum sum_any(const Softmax& job, int64_t row, int64_t begin, int64_t end, floa
 }
 
 template <class T, class O>
-PK_IN void write_block(const Softmax& job, const T* x, O* out, int64_t count, const Answer& by, bool stream) {
+PK_IN void write_block(const Softmax& job, const T* x, O* out, int64_t count, const Answer by, bool stream) {
   if (job.kind == kLogSoftmax) {
-    const F high = F::of(by.high), rest = F::of(by.rest);
+    const Stripe high = Stripe::of(by.high), rest = Stripe::of(by.rest);
     each_stripe(x, count, [&](const Stripe& s, int64_t i, int some) PK_ALWAYS {
       prefetch(x + i, kStripe * int64_t(sizeof(T)));
-      put_some<T>(out + i, each(s, [=](F z) PK_ALWAYS { return (z - high) - rest; }), some, stream);
+      put_some<T>(out + i, (s - high) - rest, some, stream);
     });
     return;
   }
-  const F magic = F::of(by.magic), low = F::of(by.low);
+  const Stripe magic = Stripe::of(by.magic), low = Stripe::of(by.low);
   each_stripe(x, count, [&](const Stripe& s, int64_t i, int some) PK_ALWAYS {
     prefetch(x + i, kStripe * int64_t(sizeof(T)));
-    const Stripe w = each(s, [=](F z) PK_ALWAYS { return lifted_exp<kDegree<O>>(z, magic, low); });
+    const Stripe w = lifted_exp<kDegree<O>>(s, magic, low);
     put_some<T>(out + i, finished<O>(w, by), some, stream);
   });
 }

@@ -15,10 +15,11 @@ constexpr int kLowest = -180;  // powers of two further down, all of w rounds to
 /// a power of two that is one, hence in two steps.
 void lower(float* w, int64_t n, int by) {
   by = by < kLowest ? kLowest : by;
-  const F least = F::of(float(power_of_two(-kDeepest + kLift - 1 - by)));
-  const F half = F::of(float(power_of_two(by / 2))), rest = F::of(float(power_of_two(by - by / 2)));
+  const Stripe least = Stripe::of(float(power_of_two(-kDeepest + kLift - 1 - by)));
+  const Stripe half = Stripe::of(float(power_of_two(by / 2)));
+  const Stripe rest = Stripe::of(float(power_of_two(by - by / 2)));
   each_stripe(w, n, [&](const Stripe& s, int64_t i, int count) PK_ALWAYS {
-    put_some<float>(w + i, each(s, [=](F x) PK_ALWAYS { return larger(least, x) * half * rest; }), count);
+    put_some<float>(w + i, larger(least, s) * half * rest, count);
   });
 }
 

@@ -127,7 +127,10 @@ PK_IN F finished_lanes(int kind, F x, const Numbers& by, int p) {
   const F lowered = load_floats(by.lowered + p);
   if (kFlushes<O>) return larger(load_floats(by.floor + p), x) * lowered;
   const M some = less(x, load_floats(by.limit + p));
-  if (__builtin_expect(any(some, some), 0)) return carefully_scaled(x, load_floats(by.inverse + p));
+  if (__builtin_expect(any(some, some), 0)) {
+    const F y = x * load_floats(by.inverse + p);
+    return select(is_nan(y), y, unlifted(y));
+  }
   return x * lowered;
 }
 

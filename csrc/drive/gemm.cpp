@@ -6,7 +6,8 @@
 #include <thread>
 
 #include "isa.h"
-#include "process.h"
+#include "rooms.h"
+#include "team.h"
 
 namespace pk {
 namespace {
@@ -14,28 +15,17 @@ namespace {
 using cpu::kGemmDepth;
 using cpu::kGemmDots;
 using cpu::kGemmRows;
-using cpu::kGemmStripe;
+using cpu::kGemmStretch;
 using cpu::kGemmWidth;
 using cpu::Matrix;
 
-constexpr int64_t kShrinkRows = 96;  // rows of a skinny product that a thread takes at a time
-constexpr int64_t kFirst = 2;        // columns that a dot product cannot ask for itself
+constexpr int64_t kDotsWidth = 64;   // columns of a product of few rows that a thread takes at a time
+constexpr int64_t kShrinkRows = 96;  // rows of a skinny product that a thread takes at the most
+constexpr int64_t kShrinkTile = 12;  // and a number that kernels like
 constexpr int64_t kShrinkDots = 8;   // columns of it, where they are dot products of few rows
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t up_to(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
-
-/// Floats for every thread.
-class Rooms {
- public:
-  Rooms(int64_t threads, int64_t floats)
-      : each_(up_to(floats, 1024)), memory_(size_t(std::max<int64_t>(threads, 1) * each_) * sizeof(float)) {}
-  float* of(int slot) const { return reinterpret_cast<float*>(memory_.data()) + slot * each_; }
-
- private:
-  int64_t each_;
-  Scratch memory_;
-};
 
 /// Rows or columns [k0, k1) x [n0, n1) of a right operand, whichever are contiguous; nothing where neither
 /// are.
@@ -59,11 +49,11 @@ const cpu::Dropout* if_any(const cpu::Dropout& d) { return d.drops() ? &d : null
 /// Few rows whose right operand has contiguous columns: every element is a dot product.
 bool as_dots(int64_t rows, const Matrix& b) { return rows <= kGemmDots && b.row == 1; }
 
-/// Whole rows as floats, padded with zeros to full stripes, for dot products with columns of `b`.
+/// Whole rows as floats, padded with zeros to full stretches, for dot products with columns of `b`.
 void widen_whole(const Matrix& a, const Matrix& b, const int64_t* rows, int64_t i0, int64_t i1, int64_t k,
                  const cpu::Dropout* dropout, int64_t stride, float* to) {
   for (int64_t i = 0; i < i1 - i0; i++)
-    for (int64_t at = std::max<int64_t>(0, stride - kGemmStripe); at < stride; at++) to[i * stride + at] = 0;
+    for (int64_t at = std::max<int64_t>(0, stride - kGemmStretch); at < stride; at++) to[i * stride + at] = 0;
   kernels().gemm_widen(a, rows, i0, i1, 0, k, dropout, stride, b.dtype == kBF16, to);
 }
 
@@ -77,17 +67,21 @@ struct ShrinkBlock {
 /// The blocks of all parts; where rows are too few for every thread, dot products are dealt out by columns.
 std::vector<ShrinkBlock> blocks_of(const std::vector<Shrink>& parts, int threads) {
   std::vector<ShrinkBlock> blocks;
+  int64_t m = 0;
+  for (const Shrink& p : parts) m += p.end - p.begin;
+  const int64_t rows = std::min(kShrinkRows, up_to(ceil_divide(m, 2 * threads), kShrinkTile));
   for (const Shrink& p : parts) {
     const bool dots = as_dots(p.end - p.begin, p.factor);
     const int64_t width = dots && int(parts.size()) < threads ? kShrinkDots : kGemmWidth;
-    for (int64_t i = p.begin; i < p.end; i += kShrinkRows)
+    for (int64_t i = p.begin; i < p.end; i += rows)
       for (int64_t n = 0; n < p.rank; n += width)
-        blocks.push_back({&p, i, std::min(p.end, i + kShrinkRows), n, std::min(p.rank, n + width), dots});
+        blocks.push_back({&p, i, std::min(p.end, i + rows), n, std::min(p.rank, n + width), dots});
   }
   return blocks;
 }
 
 /// A skinny product in blocks. Threads take them when they come by: nobody waits for a product as a whole.
+/// One who has taken a block must run it soon, as all wait for it in the end.
 class Skinny {
  public:
   Skinny(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
@@ -98,12 +92,27 @@ class Skinny {
         rows_(rows),
         dropout_(dropout),
         threads_(std::max(1, threads)),
-        stride_(up_to(std::max<int64_t>(k, 1), kGemmStripe)),
-        blocks_(blocks_of(parts, threads)),
+        stride_(up_to(std::max<int64_t>(k, 1), kGemmStretch)),
+        blocks_(blocks_of(parts, threads_)),
         rooms_(threads_,
                kTile + kGemmDepth * kGemmWidth + std::max(kShrinkRows * kGemmDepth, kGemmDots * stride_)) {}
 
   int64_t count() const { return int64_t(blocks_.size()); }
+
+  /// Whether there is a block left, which is `c` then.
+  bool take(int64_t& c) {
+    if (next_.load(std::memory_order_relaxed) >= count()) return false;
+    return (c = next_.fetch_add(1, std::memory_order_relaxed)) < count();
+  }
+  /// The part of the factor that a block reads.
+  cpu::Ahead needs(int64_t c) const {
+    const ShrinkBlock& b = blocks_[size_t(c)];
+    return ahead(b.part->factor, 0, k_, b.n0, b.n1);
+  }
+  void do_taken(int64_t c, int slot) {
+    run(c, slot);
+    done_.fetch_add(1, std::memory_order_release);
+  }
 
   /// Must not throw: other threads wait for what one has taken.
   void run(int64_t c, int slot) const noexcept {
@@ -113,7 +122,6 @@ class Skinny {
     float *sums = rooms_.of(slot), *panels = sums + kTile, *wide = panels + kGemmDepth * kGemmWidth;
     if (!k_) memset(sums, 0, size_t(kTile) * sizeof(float));
     if (b.dots && k_) {
-      ask_first(c + threads_);
       widen_whole(a_, factor, rows_, b.begin, b.end, k_, if_any(dropout_), stride_, wide);
       kernels().gemm_dots(factor, b.n0, b.n1, wide, count, stride_, k_, sums);
     }
@@ -128,23 +136,12 @@ class Skinny {
 
   /// Takes blocks until there are none, and waits for those that other threads took.
   void finish(int slot) {
-    if (done_.load(std::memory_order_acquire) == count()) return;
-    for (int64_t c; (c = next_.fetch_add(1, std::memory_order_relaxed)) < count();) {
-      run(c, slot);
-      done_.fetch_add(1, std::memory_order_release);
-    }
+    for (int64_t c; take(c);) do_taken(c, slot);
     while (done_.load(std::memory_order_acquire) < count()) std::this_thread::yield();
   }
 
  private:
   static constexpr int64_t kTile = kShrinkRows * kGemmWidth;
-
-  /// Asks for the columns that a thread will read first in a later block, which nothing announces.
-  void ask_first(int64_t c) const {
-    if (c >= count() || !blocks_[size_t(c)].dots) return;
-    const ShrinkBlock& b = blocks_[size_t(c)];
-    fetch(ahead(b.part->factor, 0, k_, b.n0, std::min(b.n1, b.n0 + kFirst)));
-  }
 
   const cpu::GemmOut out_;
   const Matrix a_;
@@ -169,23 +166,24 @@ class RowsOfProduct {
         count_(i1 - i0),
         threads_(threads),
         dots_(as_dots(job.m, job.b)),
+        width_(dots_ ? kDotsWidth : kGemmWidth),
         blocks_(ceil_divide(job.k, kGemmDepth)),
-        stride_(dots_ ? up_to(job.k, kGemmStripe) : kGemmDepth),
+        stride_(dots_ ? up_to(job.k, kGemmStretch) : kGemmDepth),
         wide_(size_t(count_ * std::max<int64_t>(1, dots_ ? stride_ : blocks_ * kGemmDepth)) * sizeof(float)) {
   }
 
   void run() {
     widen();
-    const int64_t tile = count_ * kGemmWidth, chunks = ceil_divide(job_.n, kGemmWidth);
+    const int64_t tile = count_ * kGemmWidth, chunks = ceil_divide(job_.n, width_);
     const bool extends = !job_.extensions.empty();
     const Rooms rooms(std::min<int64_t>(threads_, chunks), (job_.dropout.drops() ? 2 : 1) * tile +
                                                                kGemmDepth * kGemmWidth +
                                                                (extends ? count_ * kGemmDepth : 0));
-    parallel_chunks(chunks, threads_, [&](int64_t c, int slot) {
+    team_chunks(chunks, threads_, [&](int64_t c, int slot) {
       float* sums = rooms.of(slot);
       float* panels = sums + tile;
-      const int64_t n0 = c * kGemmWidth, n1 = std::min(job_.n, n0 + kGemmWidth);
-      frozen(n0, n1, sums, panels);
+      const int64_t n0 = c * width_, n1 = std::min(job_.n, n0 + width_);
+      frozen(n0, n1, sums, panels, slot);
       if (low_) low_->finish(slot);
       adapted(n0, n1, sums, panels, panels + kGemmDepth * kGemmWidth);
     });
@@ -199,7 +197,7 @@ class RowsOfProduct {
     if (dots_) return widen_whole(job_.a, job_.b, job_.rows, i0_, i1_, job_.k, nullptr, stride_, wide());
     constexpr int64_t kBatch = 32;
     const int64_t batches = ceil_divide(count_, kBatch);
-    parallel_chunks(blocks_ * batches, threads_, [&](int64_t c, int) {
+    team_chunks(blocks_ * batches, threads_, [&](int64_t c, int) {
       const int64_t block = c / batches, first = c % batches * kBatch, k = block * kGemmDepth;
       kernels().gemm_widen(job_.a, job_.rows, i0_ + first, i0_ + std::min(count_, first + kBatch), k,
                            k + depth(block), nullptr, kGemmDepth, false,
@@ -213,7 +211,7 @@ class RowsOfProduct {
 
   /// Adds what is packed after this block: the next one, or the first of the next columns.
   void next(int64_t block, int64_t n0, int64_t n1, std::vector<cpu::Ahead>& asked) const {
-    const int64_t k = (block + 1) * kGemmDepth, last = std::min(job_.n, n1 + kGemmWidth);
+    const int64_t k = (block + 1) * kGemmDepth, last = std::min(job_.n, n1 + width_);
     if (k < job_.k)
       add(ahead(job_.b, k, k + depth(block + 1), n0, n1), asked);
     else if (n1 < last)
@@ -229,22 +227,28 @@ class RowsOfProduct {
     }
   }
 
-  void frozen(int64_t n0, int64_t n1, float* sums, float* panels) const {
+  void frozen(int64_t n0, int64_t n1, float* sums, float* panels, int slot) const {
     if (!blocks_) memset(sums, 0, size_t(count_ * kGemmWidth) * sizeof(float));
     std::vector<cpu::Ahead> asked;
+    asked.reserve(job_.extensions.size() + 2);  // nothing throws below
     if (dots_ && blocks_) {
       announce(0, 1, n0, n1, asked);
       for (const cpu::Ahead& a : asked) fetch(a);
       kernels().gemm_dots(job_.b, n0, n1, wide(), count_, stride_, job_.k, sums);
     }
+    const int64_t early = blocks_ / 2;  // what extensions read would be gone from the caches by their time
     for (int64_t block = 0; block < blocks_ && !dots_; block++) {
       const int64_t k = block * kGemmDepth;
+      int64_t beside;  // a block of the skinny product, whose factor comes while this one computes
+      const bool takes = low_ && low_->take(beside);
       asked.clear();
       next(block, n0, n1, asked);
-      announce(block, blocks_, n0, n1, asked);
+      if (takes) add(low_->needs(beside), asked);
+      if (block >= early) announce(block - early, blocks_ - early, n0, n1, asked);
       kernels().gemm_pack(job_.b, nullptr, k, k + depth(block), n0, n1, 1, nullptr, panels);
       kernels().gemm_multiply(wide() + block * count_ * kGemmDepth, count_, panels, n1 - n0, depth(block),
                               sums, block > 0, asked.data(), int64_t(asked.size()));
+      if (takes) low_->do_taken(beside, slot);
     }
   }
 
@@ -285,7 +289,7 @@ class RowsOfProduct {
   const int64_t i0_, i1_, count_;
   const int threads_;
   const bool dots_;
-  const int64_t blocks_, stride_;
+  const int64_t width_, blocks_, stride_;
   const Scratch wide_;
 };
 
@@ -306,7 +310,7 @@ void product_with(const Product& job, float* low, int64_t low_stride, const std:
 void shrink(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
             const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads) {
   const Skinny job(low, low_stride, a, k, rows, parts, dropout, threads);
-  parallel_chunks(job.count(), threads, [&](int64_t c, int slot) { job.run(c, slot); });
+  team_chunks(job.count(), threads, [&](int64_t c, int slot) { job.run(c, slot); });
 }
 
 void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matrix& a, int64_t n,
@@ -315,7 +319,7 @@ void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matri
   const Scratch turned(size_t(std::max<int64_t>(1, blocks) * each) * sizeof(float));
   float* left = reinterpret_cast<float*>(turned.data());
   const auto row_of = [&](int64_t i) { return rows ? rows[i] : i; };
-  parallel_chunks(blocks, threads, [&](int64_t block, int) {
+  team_chunks(blocks, threads, [&](int64_t block, int) {
     for (int64_t k = 0; k < std::min(kGemmDepth, m - block * kGemmDepth); k++) {
       const float* from = low + row_of(job.begin + block * kGemmDepth + k) * low_stride;
       for (int64_t r = 0; r < job.rank; r++) left[block * each + r * kGemmDepth + k] = job.scale * from[r];
@@ -323,7 +327,7 @@ void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matri
   });
   const int64_t chunks = ceil_divide(n, kGemmWidth), tile = job.rank * kGemmWidth;
   const Rooms rooms(std::min<int64_t>(threads, chunks), tile + kGemmDepth * kGemmWidth);
-  parallel_chunks(chunks, threads, [&](int64_t c, int slot) {
+  team_chunks(chunks, threads, [&](int64_t c, int slot) {
     const int64_t n0 = c * kGemmWidth, n1 = std::min(n, n0 + kGemmWidth);
     float *sums = rooms.of(slot), *panels = sums + tile;
     if (!blocks) memset(sums, 0, size_t(tile) * sizeof(float));

@@ -32,9 +32,10 @@ class PlainFloats {
 /// many threads at once; bodies must share their work dynamically.
 void parallel(int threads, void (*body)(void*, int slot), void* argument);
 
-/// Calls work(chunk, slot) once for every chunk in [0, chunks); a slot sees its chunks in increasing order.
+/// Calls work(chunk, slot) once for every chunk in [0, chunks), by `start`, which is as `parallel`; a slot
+/// sees its chunks in increasing order.
 template <class Work>
-void parallel_chunks(int64_t chunks, int threads, Work&& work) {
+void chunks_by(decltype(parallel)& start, int64_t chunks, int threads, Work& work) {
   if (threads > chunks) threads = int(chunks);
   if (threads <= 1) {
     const PlainFloats plain;
@@ -46,13 +47,19 @@ void parallel_chunks(int64_t chunks, int threads, Work&& work) {
     int64_t chunks;
     Work& work;
   } shared{{}, chunks, work};
-  parallel(
+  start(
       threads,
       [](void* argument, int slot) {
         auto& s = *static_cast<Shared*>(argument);
         for (int64_t c; (c = s.next.fetch_add(1, std::memory_order_relaxed)) < s.chunks;) s.work(c, slot);
       },
       &shared);
+}
+
+/// The same by the pool.
+template <class Work>
+void parallel_chunks(int64_t chunks, int threads, Work&& work) {
+  chunks_by(parallel, chunks, threads, work);
 }
 
 /// Recycled memory on huge pages where the system has them; contents are undefined. Up to 64 MiB is kept for

@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "process.h"
+#include "rooms.h"
 
 namespace pk {
 namespace {
@@ -19,23 +20,11 @@ using cpu::SoftmaxBackward;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Floats for every thread, on lines of their own.
-class FloatsPerThread {
- public:
-  FloatsPerThread(int64_t threads, int64_t floats)
-      : each_((floats + 15) / 16 * 16), memory_(size_t(threads * each_) * sizeof(float)) {}
-  float* of(int slot) const { return reinterpret_cast<float*>(memory_.data()) + slot * each_; }
-
- private:
-  int64_t each_;
-  Scratch memory_;
-};
-
 /// Blocks of columns, one to a thread at a time.
 template <class Work>
 void over_columns(int64_t outer, int64_t inner, int64_t width, int64_t floats, int threads, Work&& work) {
   const int64_t blocks = ceil_divide(inner, width);
-  const FloatsPerThread scratch(std::min<int64_t>(threads, outer * blocks), floats);
+  const Rooms scratch(std::min<int64_t>(threads, outer * blocks), floats);
   parallel_chunks(outer * blocks, threads,
                   [&](int64_t c, int slot) { work(c / blocks, c % blocks * width, scratch.of(slot)); });
 }
@@ -162,7 +151,7 @@ int64_t longest_whole(const Softmax& job) {
 void softmax_of_stored(const Softmax& job, int threads) {
   const auto run = [&](int64_t row, int some, float* w) { LongRow(job, row, some, w).run(); };
   if (job.stream || job.out == job.x) {
-    const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), job.n + cpu::kSlack);
+    const Rooms scratch(std::min<int64_t>(threads, job.outer), job.n + cpu::kSlack);
     return over_long_rows(job.outer, job.n, threads,
                           [&](int64_t row, int some, int slot) { run(row, some, scratch.of(slot)); });
   }
@@ -174,7 +163,7 @@ void softmax_of_stored(const Softmax& job, int threads) {
 void softmax_of_columns(const Softmax& job, int threads) {
   if (job.inner < cpu::kColumns) {
     const int64_t floats = std::min(job.n, cpu::kColumnRows) * job.inner + cpu::kSlack;
-    const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), floats);
+    const Rooms scratch(std::min<int64_t>(threads, job.outer), floats);
     return over_rows(job.outer, job.n * job.inner, threads, [&](int64_t begin, int64_t end, int slot) {
       for (int64_t outer = begin; outer < end; outer++)
         kernels().softmax_narrow(job, outer, scratch.of(slot));
@@ -206,7 +195,7 @@ void softmax(const Softmax& given, int threads) {
     return kernels().softmax_rows(job, 0, job.outer, scratch);
   }
   const int64_t floats = std::max(job.n, cpu::kTogetherFloats) + cpu::kSlack;
-  const FloatsPerThread scratch(std::min<int64_t>(threads, job.outer), floats);
+  const Rooms scratch(std::min<int64_t>(threads, job.outer), floats);
   over_rows(job.outer, job.n, threads, [&](int64_t begin, int64_t end, int slot) {
     kernels().softmax_rows(job, begin, end, scratch.of(slot));
   });

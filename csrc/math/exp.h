@@ -6,9 +6,11 @@
 #ifdef __CUDACC__  // nvcc keeps tables where only kernels read them
 #define PK_TABLE __device__ constexpr
 #define PK_BY_TABLE __device__ inline
+#define PK_WITHIN PK_HD
 #else
 #define PK_TABLE constexpr
 #define PK_BY_TABLE inline
+#define PK_WITHIN PK_HD __attribute__((always_inline))  // a call would pass registers through memory
 #endif
 
 namespace pk {
@@ -58,7 +60,7 @@ PK_HD int nearest_exponent(float x) {
 
 /// 1 + c[0] t + c[1] t^2 + ..., by Horner.
 template <class V, int degree>
-PK_HD V polynomial(const float (&c)[degree], V t) {
+PK_WITHIN V polynomial(const float (&c)[degree], V t) {
   V p = V::of(c[degree - 1]);
   for (int k = degree - 2; k >= 0; k--) p = fma(p, t, V::of(c[k]));
   return fma(p, t, V::of(1));
@@ -66,7 +68,7 @@ PK_HD V polynomial(const float (&c)[degree], V t) {
 
 /// The power of two next to e^x times 2^lift, in `power`, and e^x divided by it as the result.
 template <int degree, class V>
-PK_HD V mantissa(V x, V magic, V& power) {
+PK_WITHIN V mantissa(V x, V magic, V& power) {
   const V r = fma(x, V::of(kLog2E), magic), n = r - magic;
   const V t = fma(n, V::of(-kLn2Low), fma(n, V::of(-kLn2High), x));
   power = as_power(r);

@@ -36,6 +36,8 @@ def dora_norm(
         ValueError, TypeError, NotImplementedError (sparse weight): an argument breaks a rule above.
     """
     check.matrix(OP, "weight", weight, weight, ["out", "in"])
+    if weight.dtype not in check.FLOAT_DTYPES:
+        raise TypeError(f"{OP}: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
     check_lora.factors(OP, ("lora_A", "lora_B"), weight, weight, lora_A, lora_B)
     s = check.number(OP, "scaling", scaling)
     with torch.no_grad():

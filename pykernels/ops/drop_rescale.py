@@ -42,6 +42,7 @@ def drop_rescale(
     if library.needed():
         [fraction] = check.density(OP, density, 1)
         drawn = {"seed": library.signed(check.seed(OP, seed)), "name": name, "rescale": rescale}
+        library.no_tangent(OP, [delta])
         return library.call(OP, out, library.constant(delta), fraction, **drawn)
     return _drop(delta, density, seed, name, rescale, out)
 

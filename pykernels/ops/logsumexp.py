@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pykernels import backends, check, library
-from pykernels.ops.softmax_gradient import working
+from pykernels.ops.softmax_pass import working
 
 OP = "logsumexp"
 
@@ -111,6 +111,15 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     return by_x, None, None, None
 
 
+def _tangent(y: torch.Tensor, primals: Any, tangents: Any) -> torch.Tensor:
+    x, dim, keepdim, temperature = primals
+    dims = check.dimensions(OP, dim, x.dim())
+    one = torch.ones(_result_shape(x, dims, True), dtype=working(x.dtype), device=x.device)
+    p = torch.ops.pykernels.logsumexp_backward(one, x.to(one.dtype), dims, temperature)
+    found: torch.Tensor = (p * tangents[0].to(one.dtype)).sum(dims, keepdim=keepdim).to(y.dtype)
+    return found
+
+
 def _run_backward(grad: torch.Tensor, x: torch.Tensor, dims: list[int], temperature: float) -> torch.Tensor:
     """grad * softmax(x / temperature) / temperature; ``grad`` has x's dimensions."""
     if x.numel() == 0:
@@ -156,7 +165,7 @@ def _twice(ctx: Any, v: torch.Tensor) -> Any:
 
 
 library.define(OP, "Tensor x, int[] dim, bool keepdim, float temperature", _run, _fake, out=False)
-library.differentiate(OP, _setup_context, _backward)
+library.differentiate(OP, _setup_context, _backward, _tangent)
 library.define(
     "logsumexp_backward",
     "Tensor grad, Tensor x, int[] dims, float temperature",

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch.compiler import is_compiling
 
-from pykernels import check, check_lora, library
+from pykernels import check, check_lora, library, memory
 from pykernels.ops import lora_pass
 from pykernels.ops.lora import LoRA
 
-OP = "lora_linear_grouped"
+OP = lora_pass.GROUPED
 _LARGE = 2.0**100
 """Scalings below this need no closer look."""
 
@@ -52,14 +52,14 @@ def lora_linear_grouped(
             return done
     check_lora.layer(OP, x, weight, bias)
     given = _examine(x, weight, adapters)
-    _examine_index(x, index, len(given))
-    flat = index.reshape(-1)
+    _examine_index(x, index)
     lora_a, lora_b = [a.A for a in given], [a.B for a in given]
     if not library.needed(x, weight, bias, *lora_a, *lora_b):
         each = [(a.A, a.B, float(a.scaling)) for a in given]
+        flat = lora_pass.examined(OP, index, len(given))
         return lora_pass.forward(x, weight, each, flat, bias)[0]
     scaling = torch.cat([torch.full((1,), a.scaling, dtype=torch.float64) for a in given] or [torch.empty(0)])
-    return lora_pass.operator(x, weight, lora_a, lora_b, scaling, flat, bias)
+    return lora_pass.operator(x, weight, lora_a, lora_b, scaling, index.reshape(-1), bias)
 
 
 def _examine(x: torch.Tensor, weight: torch.Tensor, adapters: Sequence[LoRA]) -> Sequence[LoRA]:
@@ -87,7 +87,7 @@ def _everyday(adapter: LoRA) -> bool:
     return plain and type(adapter.scaling) is float and abs(adapter.scaling) < _LARGE
 
 
-def _examine_index(x: torch.Tensor, index: torch.Tensor, count: int) -> None:
+def _examine_index(x: torch.Tensor, index: torch.Tensor) -> None:
     if not isinstance(index, torch.Tensor):
         raise TypeError(f"{OP}: index must be a tensor, got {type(index).__name__}")
     if index.dtype != torch.int64:
@@ -96,5 +96,4 @@ def _examine_index(x: torch.Tensor, index: torch.Tensor, count: int) -> None:
         raise ValueError(f"{OP}: index must have shape {list(x.shape[:-1])}, got {list(index.shape)}")
     if index.device != x.device:
         raise ValueError(f"{OP}: index must be on x's device {x.device}, got {index.device}")
-    if not is_compiling() and index.numel():
-        lora_pass.examine_values(OP, index, count)
+    memory.examine(OP, "index", index)

@@ -19,6 +19,7 @@ from pykernels.ops.lora import LoRA
 ALL = STEPS
 """The threshold of 16-bit draws at which dropout drops nothing."""
 OPERATOR = "lora_linear"
+GROUPED = "lora_linear_grouped"
 everyday, everyday_grouped = backends.everyday_layers(LoRA)
 """Compiled calls that check plain CPU tensors by themselves: None, with nothing done, for anything else."""
 
@@ -71,13 +72,18 @@ def keeping(op: str, dropout: float) -> int:
     return round((1.0 - p) * ALL)
 
 
-def examine_values(op: str, index: torch.Tensor, count: int) -> None:
-    """Every value of ``index`` must name an adapter, or be -1; on a GPU nobody waits to see."""
-    if not index.is_cpu:
-        return
+def examined(op: str, index: torch.Tensor, count: int) -> torch.Tensor:
+    """``index`` [M], of which every value must name an adapter, or be -1; on a GPU nobody waits to see.
+
+    On a CPU a copy, as other threads may write to the tensor between the look at it and its use.
+    """
+    if not index.is_cpu or not index.numel():
+        return index.reshape(-1).resolve_neg()
+    index = index.reshape(-1).clone()
     for value in torch.stack(index.aminmax()).tolist():
         if not -1 <= value < count:
             raise ValueError(f"{op}: index must lie in [-1, {count}), got {value}")
+    return index
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -118,8 +124,8 @@ def _run(
     threshold: int,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if index is not None and index.numel():
-        examine_values("lora_linear_grouped", index, len(lora_a))
+    if index is not None:
+        index = examined(GROUPED, index, len(lora_a))
     return forward(x, weight, _zip(lora_a, lora_b, scaling), index, bias, threshold, _key(seed))
 
 
@@ -158,6 +164,28 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
     return picked[0], picked[1], by_a, by_b, None, None, by_bias, None, None
 
 
+def _tangent(y: torch.Tensor, primals: Any, tangents: Any) -> torch.Tensor:
+    """Layers of tangents: linear in x, in (weight, A, bias) together, and in B. Dropout keeps its mask."""
+    x, weight, lora_a, lora_b, scaling, index, _, threshold, seed = primals
+    by_x, by_weight, by_a, by_b, _, _, by_bias, *_ = tangents
+    rest = (threshold, seed)
+    found = torch.zeros_like(y)
+    if by_x is not None:
+        found = found + operator(by_x, weight, lora_a, lora_b, scaling, index, None, *rest)
+    if any(t is not None for t in (by_weight, by_bias, *by_a)):
+        by_weight, *by_a = _filled([by_weight, *by_a], [weight, *lora_a])
+        found = found + operator(x, by_weight, by_a, lora_b, scaling, index, by_bias, *rest)
+    if any(t is not None for t in by_b):
+        by_b = _filled(by_b, lora_b)
+        found = found + operator(x, torch.zeros_like(weight), lora_a, by_b, scaling, index, None, *rest)
+    return found
+
+
+def _filled(given: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Zeros where there is no tangent."""
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(given, like, strict=True)]
+
+
 def _run_backward(
     grad: torch.Tensor,
     h: torch.Tensor,
@@ -174,6 +202,8 @@ def _run_backward(
     found = _fake_backward(grad, h, x, weight, lora_a, lora_b, scaling, index, threshold, seed, wants)
     by_x, by_weight, *low = [f if want else None for f, want in zip(found, wants, strict=True)]
     by_a, by_b = low[: len(lora_a)], low[len(lora_a) :]
+    if index is not None:
+        index = examined(GROUPED, index, len(lora_a))
     rows = None if by_x is None else by_x.view(-1, x.shape[-1]) if by_x.numel() else None
     g, back = _rows(grad), backends.call("lora_linear_backward", x)
     adapters = _zip(lora_a, lora_b, scaling)
@@ -207,7 +237,7 @@ _SCHEMA = (
     "{}int threshold, Tensor? seed"
 )
 library.define(OPERATOR, _SCHEMA.format("Tensor? bias, "), _run, _fake, out=False, returns="(Tensor, Tensor)")
-library.differentiate(OPERATOR, _setup_context, _backward)
+library.differentiate(OPERATOR, _setup_context, _backward, _tangent)
 library.define(
     "lora_linear_backward",
     f"Tensor grad, Tensor h, {_SCHEMA.format('')}, bool[] wants",

@@ -192,6 +192,24 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     return grad, by_A, by_B, None, [], []  # no magnitude where a gradient is asked for
 
 
+def _tangent(
+    y: torch.Tensor, primals: Any, tangents: Any, *, fan_in_fan_out: bool, rounding: str
+) -> torch.Tensor:
+    """The weight's, and s (dB A + B dA) of every adapter."""
+    weight, A, B, scaling, magnitude, _ = primals
+    by_weight, by_A, by_B, *_ = tangents
+    if magnitude:
+        library.refuse_tangent(OP)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    found = torch.zeros_like(y, dtype=wide) if by_weight is None else by_weight.to(wide)
+    for a, b, s, da, db in zip(A, B, scaling.unbind(), by_A, by_B, strict=True):
+        for left, right in ((db, a), (b, da)):
+            if left is not None and right is not None:
+                delta = s * (left.to(wide) @ right.to(wide))
+                found = found + (delta.t() if fan_in_fan_out else delta)
+    return found.to(y.dtype)
+
+
 library.define(
     OP,
     "Tensor weight, Tensor[] A, Tensor[] B, Tensor scaling, Tensor[] magnitude, int[] dora, *, "
@@ -200,4 +218,4 @@ library.define(
     _fake,
     out=True,
 )
-library.differentiate(OP, _setup_context, _backward)
+library.differentiate(OP, _setup_context, _backward, _tangent)

@@ -116,6 +116,12 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     return by_x, None, None, None, by_mask, None, by_sink, None
 
 
+def _tangent(y: torch.Tensor, primals: Any, tangents: Any) -> torch.Tensor:
+    x, dim, _, temperature, mask, softcap, sink, safe = primals
+    by = (tangents[0], tangents[4], tangents[6])
+    return gradient.tangent(OP, y, x, dim, Options(temperature, mask, softcap, sink, safe), by)
+
+
 library.define(
     OP,
     "Tensor x, int dim, ScalarType? dtype, float temperature, Tensor? mask, float? softcap, Tensor? sink, "
@@ -124,4 +130,4 @@ library.define(
     _fake,
     out=True,
 )
-library.differentiate(OP, _setup_context, _backward)
+library.differentiate(OP, _setup_context, _backward, _tangent)

@@ -2,7 +2,7 @@
 
 With y = softmax(z) and g the result's gradient, dz = y (g - sum(g y)); with y = log_softmax(z),
 dz = g - e**y sum(g). A sink b has the gradient -p_b sum(g y), p_b being its own probability. Second
-derivatives are plain torch expressions of the same formulas, so derivatives of any order exist.
+derivatives and tangents are plain torch expressions of the same formulas, so derivatives of any order exist.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pykernels import backends, library
-from pykernels.ops.softmax_pass import Options, rows_of
+from pykernels.ops.logsumexp import OP as LOGSUMEXP
+from pykernels.ops.softmax_pass import Options, rows_of, working
 
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -67,17 +68,51 @@ def _by_sink(
     grad: torch.Tensor, y: torch.Tensor, z: torch.Tensor, sink: torch.Tensor, dim: int
 ) -> torch.Tensor:
     """-p_b * sum(grad * y) over the rows that share b; p_b = 1 / (1 + sum(e**z) / e**b)."""
-    b = sink.to(z.dtype)
-    chance = (b - torch.ops.pykernels.logsumexp(z, [dim], True, 1.0)).sigmoid()
-    chance = chance.masked_fill(b == -math.inf, 0)
     dot = (grad.to(z.dtype) * y.to(z.dtype)).sum(dim, keepdim=True)
-    by_sink: torch.Tensor = (-chance * dot).sum_to_size(sink.shape).to(sink.dtype)
+    by_sink: torch.Tensor = (-_chance(z, sink, dim) * dot).sum_to_size(sink.shape).to(sink.dtype)
     return by_sink
 
 
-def working(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that values of ``dtype`` are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _chance(z: torch.Tensor, sink: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sink's own probability."""
+    b = sink.to(z.dtype)
+    chance = (b - library.call(LOGSUMEXP, None, z, [dim], True, 1.0)).sigmoid()
+    return chance.masked_fill(b == -math.inf, 0)
+
+
+def tangent(
+    op: str,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    dim: int,
+    options: Options,
+    by: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+) -> torch.Tensor:
+    """The tangent of the result ``y``, ``by`` being those of x, of the mask and of the sink.
+
+    dy = y (dz - sum(y dz) - p_b db), of log_softmax dz - sum(e**y dz).
+    """
+    by_x, by_mask, by_sink = by
+    wide = working(y.dtype)
+    dz = torch.zeros_like(y, dtype=wide) if by_x is None else by_x.to(wide)
+    if options.softcap is not None:
+        dz = dz * (1 - (x.to(y.dtype).to(wide) / options.softcap).tanh().square())
+    dz = dz / options.temperature
+    if options.mask is not None and options.mask.dtype == torch.bool:
+        dz = dz.masked_fill(options.mask.logical_not(), 0)
+    if by_mask is not None:
+        dz = dz + by_mask.to(wide)
+    p = y.to(wide)
+    if op == "log_softmax":
+        dy = dz - (p.exp() * dz).sum(dim, keepdim=True)
+        if options.safe:
+            dy = dy.masked_fill((y == -math.inf).all(dim, keepdim=True), 0)
+        return dy.to(y.dtype)
+    total = (p * dz).sum(dim, keepdim=True)
+    if options.sink is not None and by_sink is not None:
+        z = _logits(x.to(y.dtype).to(wide), options.mask, options)
+        total = total + _chance(z, options.sink, dim) * by_sink.to(wide)
+    return (p * (dz - total)).to(y.dtype)
 
 
 def _row_op(op: str) -> Callable[..., torch.Tensor]:

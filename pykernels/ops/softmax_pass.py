@@ -145,6 +145,11 @@ def _split(op: str, out: torch.Tensor, x: torch.Tensor, at: int, options: Option
     backends.call(op, x)(out3, x3, float(temperature), softcap, mask, sink, safe)
 
 
+def working(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values of ``dtype`` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def narrow(tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A mask or sink as kernels take it: no wider than float32, unless x is, and no negated view."""
     if tensor.dtype == torch.float64 and x.dtype != torch.float64:

@@ -32,6 +32,7 @@ def trim(
     """
     if library.needed():
         [fraction] = check.density(OP, density, 1)
+        library.no_tangent(OP, [delta])
         return library.call(OP, out, library.constant(delta), fraction, tie=tie)
     return _run(delta, density, tie=tie, out=out)
 
