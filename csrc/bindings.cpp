@@ -9,7 +9,7 @@
 #include "drive/isa.h"
 #include "drive/lora.h"
 #include "drive/merge.h"
-#include "drive/process.h"
+#include "drive/parallel.h"
 #include "drive/softmax.h"
 
 namespace py = pybind11;
@@ -301,6 +301,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("reduce", &reduce);
   m.def("advise_huge", [](uintptr_t data, size_t bytes) { pk::advise_huge(at_mutable(data), bytes); });
   if (!pk::add_tensor_calls(m.ptr()) || !pk::add_layer_calls(m.ptr())) throw py::error_already_set();
+  m.def("own_threads", &pk::own_threads);
+  m.def("forget_team", &pk::forget_team);
   m.def("isas", &pk::isas);
   m.def("isa", [] { return std::string(pk::kernels().name); });
   m.def("use_isa", &pk::use_isa);

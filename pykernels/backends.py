@@ -11,7 +11,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple
 
@@ -125,6 +125,14 @@ def host_context() -> Context:
     if forced is not None and missing(forced) is None and _runs_on(forced) not in (None, "cpu"):
         context.run(_forced.set, None)
     return context
+
+
+def beside_files() -> AbstractContextManager[None]:
+    """For work between threads that read and write: the CPU's kernels keep to threads of their own."""
+    if missing("cpu") is not None:
+        return nullcontext()
+    own: AbstractContextManager[None] = importlib.import_module("pykernels.native").own_threads()
+    return own
 
 
 def _require(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,9 @@ from pykernels.rows import CODES, COMBINE, MASKS, NONE_KEPT, SUM_BLOCK, through_
 FLOAT_ROWS = 1024 if _C.isas()[0] == "avx2" else 64
 """Rows up to which a float32 layer is a product of ours; with AVX-512 the products of torch's library are the
 faster ones from about there on."""
+
+if multiprocessing.parent_process() is not None and multiprocessing.get_start_method(True) in (None, "fork"):
+    _C.forget_team()  # the parent may have used torch's threads, and they did not come along
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
 _WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, forward_ad)
@@ -39,6 +43,20 @@ def use_threads(count: int | None) -> Iterator[None]:
 def threads() -> int:
     """How many threads a kernel takes now."""
     return _threads.get() or torch.get_num_threads()
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Kernels that this thread calls inside the block run on threads of ours, not on torch's.
+
+    Torch's start sooner and do not share the cores with themselves, but all of them have to come: beside
+    threads that read and write files ours lose less.
+    """
+    before = _C.own_threads(True)
+    try:
+        yield
+    finally:
+        _C.own_threads(before)
 
 
 def isas() -> list[str]:

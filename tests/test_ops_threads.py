@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -82,6 +83,40 @@ def test_settings_of_one_thread_do_not_reach_another():
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"this machine has .*, got 'mmx'"), native.use_isa("mmx"):
         pass
+
+
+def test_own_threads_are_kept_for_a_block_of_one_thread_and_change_no_bit():
+    base, tuned = make("gaussian", 140_003, 3, torch.bfloat16)
+    wanted = [op(base, tuned) for op in OPS]
+    with native.own_threads():
+        with native.own_threads():
+            pass
+        assert native._C.own_threads(True)
+        with ThreadPoolExecutor(1) as pool:
+            assert not pool.submit(native._C.own_threads, False).result()
+        assert all(torch.equal(op(base, tuned), w) for op, w in zip(OPS, wanted, strict=True))
+    assert not native._C.own_threads(False)
+
+
+FORKED_FIRST = """
+import multiprocessing, torch
+
+def work():
+    import pykernels
+    raise SystemExit(0 if (pykernels.linear_merge([ones, ones], 1.0).numpy() == 1).all() else 1)
+
+torch.set_num_threads(2)
+ones = torch.ones(1 << 20)
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join(40)
+raise SystemExit(child.exitcode if child.exitcode is not None else (child.kill(), 3)[1])
+"""
+
+
+def test_a_child_that_imports_the_package_after_torch_used_its_threads():
+    """Torch's own operations would wait in it for ever."""
+    assert subprocess.run([sys.executable, "-c", FORKED_FIRST], timeout=60).returncode == 0
 
 
 def wait(child: int, seconds: float) -> int | None:

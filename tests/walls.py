@@ -48,15 +48,16 @@ LAYOUT = {
 """Leading arguments of the functions of ``_C``; ``tuned`` is a list of addresses, ``factors`` one of pairs of
 matrices (address, dtype, strides) and their rank, other tensors are one address."""
 
-WITHOUT_TENSORS = {"advise_huge", "ideal", "isa", "isas", "use_isa"}
+WITHOUT_TENSORS = {"advise_huge", "forget_team", "ideal", "isa", "isas", "own_threads", "use_isa"}
 """Functions that touch no tensor of a kernel test (``ideal``, the benchmarks' control, needs lines of 64)."""
 
 ELSEWHERE = {
-    *("lend_tensors", "softmax_rows", "log_softmax_rows"),
+    *("know_tensors", "have_memory", "lend_tensors", "softmax_rows", "log_softmax_rows"),
     *("product", "shrink", "reduce", "lend_layers", "lora_layer", "lora_layers"),
 }
-"""Functions that take tensors in another form: softmax's kernels are reached by ``softmax`` too, and the
-products that layers are made of have guard pages of their own in test_lora_kernels.py."""
+"""Functions that take tensors in another form, or none of their elements: softmax's kernels are reached by
+``softmax`` too, and the products that layers are made of have guard pages of their own in
+test_lora_kernels.py."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -6,8 +6,8 @@
 #include <thread>
 
 #include "isa.h"
+#include "parallel.h"
 #include "rooms.h"
-#include "team.h"
 
 namespace pk {
 namespace {
@@ -179,7 +179,7 @@ class RowsOfProduct {
     const Rooms rooms(std::min<int64_t>(threads_, chunks), (job_.dropout.drops() ? 2 : 1) * tile +
                                                                kGemmDepth * kGemmWidth +
                                                                (extends ? count_ * kGemmDepth : 0));
-    team_chunks(chunks, threads_, [&](int64_t c, int slot) {
+    parallel_chunks(chunks, threads_, [&](int64_t c, int slot) {
       float* sums = rooms.of(slot);
       float* panels = sums + tile;
       const int64_t n0 = c * width_, n1 = std::min(job_.n, n0 + width_);
@@ -197,7 +197,7 @@ class RowsOfProduct {
     if (dots_) return widen_whole(job_.a, job_.b, job_.rows, i0_, i1_, job_.k, nullptr, stride_, wide());
     constexpr int64_t kBatch = 32;
     const int64_t batches = ceil_divide(count_, kBatch);
-    team_chunks(blocks_ * batches, threads_, [&](int64_t c, int) {
+    parallel_chunks(blocks_ * batches, threads_, [&](int64_t c, int) {
       const int64_t block = c / batches, first = c % batches * kBatch, k = block * kGemmDepth;
       kernels().gemm_widen(job_.a, job_.rows, i0_ + first, i0_ + std::min(count_, first + kBatch), k,
                            k + depth(block), nullptr, kGemmDepth, false,
@@ -310,7 +310,7 @@ void product_with(const Product& job, float* low, int64_t low_stride, const std:
 void shrink(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
             const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads) {
   const Skinny job(low, low_stride, a, k, rows, parts, dropout, threads);
-  team_chunks(job.count(), threads, [&](int64_t c, int slot) { job.run(c, slot); });
+  parallel_chunks(job.count(), threads, [&](int64_t c, int slot) { job.run(c, slot); });
 }
 
 void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matrix& a, int64_t n,
@@ -319,7 +319,7 @@ void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matri
   const Scratch turned(size_t(std::max<int64_t>(1, blocks) * each) * sizeof(float));
   float* left = reinterpret_cast<float*>(turned.data());
   const auto row_of = [&](int64_t i) { return rows ? rows[i] : i; };
-  team_chunks(blocks, threads, [&](int64_t block, int) {
+  parallel_chunks(blocks, threads, [&](int64_t block, int) {
     for (int64_t k = 0; k < std::min(kGemmDepth, m - block * kGemmDepth); k++) {
       const float* from = low + row_of(job.begin + block * kGemmDepth + k) * low_stride;
       for (int64_t r = 0; r < job.rank; r++) left[block * each + r * kGemmDepth + k] = job.scale * from[r];
@@ -327,7 +327,7 @@ void reduce(const Reduce& job, const float* low, int64_t low_stride, const Matri
   });
   const int64_t chunks = ceil_divide(n, kGemmWidth), tile = job.rank * kGemmWidth;
   const Rooms rooms(std::min<int64_t>(threads, chunks), tile + kGemmDepth * kGemmWidth);
-  team_chunks(chunks, threads, [&](int64_t c, int slot) {
+  parallel_chunks(chunks, threads, [&](int64_t c, int slot) {
     const int64_t n0 = c * kGemmWidth, n1 = std::min(n, n0 + kGemmWidth);
     float *sums = rooms.of(slot), *panels = sums + tile;
     if (!blocks) memset(sums, 0, size_t(tile) * sizeof(float));

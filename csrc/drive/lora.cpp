@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "isa.h"
-#include "process.h"
+#include "parallel.h"
 
 namespace pk {
 namespace {

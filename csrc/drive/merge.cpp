@@ -5,7 +5,7 @@
 
 #include "isa.h"
 #include "job.h"
-#include "process.h"
+#include "parallel.h"
 
 namespace pk {
 

@@ -88,7 +88,7 @@ void work(Process* p) {
 
 }  // namespace
 
-void parallel(int threads, void (*body)(void*, int), void* argument) {
+void pool(int threads, void (*body)(void*, int), void* argument) {
   Process& p = here();
   Job job{body, argument, threads, 1, 0, nullptr};
   {

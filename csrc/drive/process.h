@@ -3,7 +3,6 @@
 #pragma once
 #include <fenv.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -30,37 +29,7 @@ class PlainFloats {
 /// Runs body(argument, slot) on the calling thread (slot 0) and on up to threads - 1 pool threads, whichever
 /// are free; returns when all that started have ended, and throws what the first of them threw. Safe from
 /// many threads at once; bodies must share their work dynamically.
-void parallel(int threads, void (*body)(void*, int slot), void* argument);
-
-/// Calls work(chunk, slot) once for every chunk in [0, chunks), by `start`, which is as `parallel`; a slot
-/// sees its chunks in increasing order.
-template <class Work>
-void chunks_by(decltype(parallel)& start, int64_t chunks, int threads, Work& work) {
-  if (threads > chunks) threads = int(chunks);
-  if (threads <= 1) {
-    const PlainFloats plain;
-    for (int64_t c = 0; c < chunks; c++) work(c, 0);
-    return;
-  }
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t chunks;
-    Work& work;
-  } shared{{}, chunks, work};
-  start(
-      threads,
-      [](void* argument, int slot) {
-        auto& s = *static_cast<Shared*>(argument);
-        for (int64_t c; (c = s.next.fetch_add(1, std::memory_order_relaxed)) < s.chunks;) s.work(c, slot);
-      },
-      &shared);
-}
-
-/// The same by the pool.
-template <class Work>
-void parallel_chunks(int64_t chunks, int threads, Work&& work) {
-  chunks_by(parallel, chunks, threads, work);
-}
+void pool(int threads, void (*body)(void*, int slot), void* argument);
 
 /// Recycled memory on huge pages where the system has them; contents are undefined. Up to 64 MiB is kept for
 /// later calls, because the first touch of fresh pages costs more than the kernels do.

@@ -4,7 +4,7 @@
 #include <functional>
 
 #include "isa.h"
-#include "process.h"
+#include "parallel.h"
 #include "select.h"
 
 namespace pk {

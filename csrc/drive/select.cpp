@@ -5,7 +5,7 @@
 #include <functional>
 
 #include "isa.h"
-#include "process.h"
+#include "parallel.h"
 
 namespace pk {
 namespace {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "process.h"
+#include "parallel.h"
 #include "rooms.h"
 
 namespace pk {

@@ -13,7 +13,7 @@
 
 #include "isa.h"
 #include "job.h"
-#include "process.h"
+#include "parallel.h"
 
 namespace pk {
 namespace {

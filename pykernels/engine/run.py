@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pykernels.backends import beside_files
 from pykernels.engine.collector import frozen
 from pykernels.engine.commit import plan_id, publish, workplace
 from pykernels.engine.companions import CARD, INDEX, index_text, write_companions
@@ -152,8 +153,10 @@ def merge(
         writer: ShardWriter | None = None
         engine: Engine | None = None
         if not dry_run:
-            with _threads(threads), closing(target.engine(plan, inputs, budget, meter.add)) as engine:
-                writer = _write(plan, out, inputs, engine, backend, durable)
+            with _threads(threads), beside_files():
+                engine = target.engine(plan, inputs, budget, meter.add)
+                with closing(engine):
+                    writer = _write(plan, out, inputs, engine, backend, durable)
     finally:
         inputs.close()
     meter.finish()

@@ -1,10 +1,11 @@
-#include "team.h"
+#include "parallel.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
 #include <exception>
+#include <utility>
 
 namespace pk {
 namespace {
@@ -28,12 +29,16 @@ struct OpenMp {
       : parallel(found<void(void (*)(void*), void*, unsigned, unsigned)>("GOMP_parallel")),
         inside(found<int()>("omp_in_parallel")),
         most(found<int()>("omp_get_max_threads")) {}
+  /// Whether its team serves: all of it takes part, so it must not be much larger than the loop.
   bool has(int threads) const {
-    return parallel && inside && most && !forked && !inside() && most() >= threads;
+    if (!parallel || !inside || !most || forked || inside()) return false;
+    const int size = most();
+    return threads <= size && size <= 2 * threads;
   }
 };
 
 std::atomic<bool> taken{false};
+thread_local bool own = false;
 
 struct Job {
   void (*body)(void*, int);
@@ -58,13 +63,17 @@ void run(void* argument) {
 
 }  // namespace
 
-void team(int threads, void (*body)(void*, int), void* argument) {
+void parallel(int threads, void (*body)(void*, int), void* argument) {
   static const OpenMp runtime;
-  if (!runtime.has(threads) || taken.exchange(true)) return parallel(threads, body, argument);
+  if (own || !runtime.has(threads) || taken.exchange(true)) return pool(threads, body, argument);
   Job job{body, argument, threads, {0}, {false}, nullptr};
   runtime.parallel(run, &job, 0, 0);  // 0 is torch's number: another would end threads and start new ones
   taken = false;
   if (job.error) std::rethrow_exception(job.error);
 }
+
+bool own_threads(bool from_now_on) { return std::exchange(own, from_now_on); }
+
+void forget_team() { forked = true; }
 
 }  // namespace pk
