@@ -77,8 +77,9 @@ def test_takes_any_strides_of_memory():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("isa", native.isas())
 @pytest.mark.parametrize("m", [1, 3, 4, 40])
-def test_scales_columns_and_rounds_once(m, dtype):
+def test_scales_columns_and_rounds_once(m, isa, dtype):
     """Dot products of up to three rows and tiles; columns of half a group, and of two tiles and a part."""
     for n, rank in ((8, 3), (300, 16)):
         c = layer(m, n, 60, [rank], dtype)
@@ -86,13 +87,15 @@ def test_scales_columns_and_rounds_once(m, dtype):
         scale = torch.linspace(-3, 2, n + 1).view(torch.uint8)[4:].view(torch.float32)
         for bias in (None, c.bias):
             given = (c.x, c.weight, a, b, s, bias)
-            got = everyday(*given, scale)
+            with native.use_isa(isa):
+                got, ones, plain = (everyday(*given, t) for t in (scale, torch.ones(n), None))
+                public = pk.lora_linear(*given[:4], scaling=s, bias=bias, column_scale=scale)
             if got is None:
                 assert dtype == torch.float32 and m > FLOAT_ROWS
                 continue
             assert_scaled(got, c._replace(bias=bias), scale)
-            assert_same_bits(everyday(*given, torch.ones(n)), everyday(*given, None))
-            assert_same_bits(pk.lora_linear(*given[:4], scaling=s, bias=bias, column_scale=scale), got)
+            assert_same_bits(ones, plain)
+            assert_same_bits(public, got)
 
 
 def test_a_result_of_many_pages():
