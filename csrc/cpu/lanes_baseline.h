@@ -87,8 +87,9 @@ PK_IN F fma(F a, F b, F c) {
 }
 #else
 // Products of floats are exact in double. Where the sum lies, as a double, just between two floats, rounding
-// twice could differ from rounding once: such lanes ask the library.
-PK_IN F fma(F a, F b, F c) {
+// twice could differ from rounding once: such lanes ask the library. A function of its own: so many
+// instructions in place of each would fill the caches, and the compiler's minutes.
+__attribute__((noinline)) inline F fma(F a, F b, F c) {
   typedef double Doubles __attribute__((vector_size(32)));
   typedef int64_t Wide __attribute__((vector_size(32)));
   const Doubles sum = __builtin_convertvector(a.v, Doubles) * __builtin_convertvector(b.v, Doubles) +
