@@ -72,11 +72,12 @@ def ours(c: Layer, options: Options) -> Result:
     """The public op: the result, or in a row "step" the gradients of x, A and B."""
     if "adapters" in options:
         return pykernels.lora_linear_grouped(c.x, c.weight, c.adapters, c.index)
-    dropout = {"dropout": options["dropout"], "seed": SEED} if "dropout" in options else {}
-    y = stepped(
-        c, options, lambda x, a, b: pykernels.lora_linear(x, c.weight, a, b, scaling=SCALING, **dropout)
+    given: dict[str, Any] = {"dropout": options["dropout"], "seed": SEED} if "dropout" in options else {}
+    if options.get("dora"):
+        given["column_scale"] = c.factor
+    return stepped(
+        c, options, lambda x, a, b: pykernels.lora_linear(x, c.weight, a, b, scaling=SCALING, **given)
     )
-    return y.mul_(c.factor) if options.get("dora") and isinstance(y, torch.Tensor) else y
 
 
 def stepped(c: Layer, options: Options, call: Any) -> Result:

@@ -194,7 +194,7 @@ pk::cpu::Matrix matrix(const MatrixOf& m) {
   return {at(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m)};
 }
 pk::cpu::GemmOut target(const MatrixOf& m, uintptr_t bias) {
-  return {at_mutable(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m), at(bias)};
+  return {at_mutable(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m), at(bias), nullptr};
 }
 pk::cpu::Dropout dropout(const DropoutOf& d) {
   return {std::get<0>(d), uint32_t(std::get<1>(d)), uint32_t(std::get<1>(d) >> 32), std::get<2>(d)};

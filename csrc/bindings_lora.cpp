@@ -103,12 +103,16 @@ struct Call {
     return field(3) == Py_None && add(field(0), field(1), field(2));
   }
 
-  bool add_bias(PyObject* object) {
+  bool add_bias(PyObject* object) { return add_columns(object, x.dtype(), job.out.bias); }
+  bool add_scale(PyObject* object) { return add_columns(object, kF32, job.out.scale); }
+
+  /// A number for every column, one beside the other; `to` stays null where there are none.
+  bool add_columns(PyObject* object, int dtype, const void*& to) {
     if (object == Py_None) return true;
-    const Operand bias(object, recording);
-    if (bias.dtype() != x.dtype() || bias.at.ndim != 1 || bias.at.shape[0] != job.n) return false;
-    if (bias.stride(0) != 1 && job.n > 1) return false;
-    job.out.bias = exchange::data_of(bias.at);
+    const Operand given(object, recording);
+    if (given.dtype() != dtype || given.at.ndim != 1 || given.at.shape[0] != job.n) return false;
+    if (given.stride(0) != 1 && job.n > 1) return false;
+    to = exchange::data_of(given.at);
     return true;
   }
 
@@ -130,7 +134,7 @@ struct Call {
       Py_DECREF(made);
       Py_RETURN_NONE;
     }
-    job.out = {exchange::data_of(out), x.dtype(), job.n, 1, job.out.bias};
+    job.out = {exchange::data_of(out), x.dtype(), job.n, 1, job.out.bias, job.out.scale};
     if (job.m * job.n >= kPages) advise_huge(job.out.data, size_t(job.m * job.n * dtype_size(x.dtype())));
     return made;
   }
@@ -154,12 +158,13 @@ struct Call {
 
 bool records() { return !says_no(PyObject_CallNoArgs(lent.recording)); }
 
-/// layer(x, weight, lora_A, lora_B, scaling, bias): the result; None, and nothing done, where a question is
-/// open.
+/// layer(x, weight, lora_A, lora_B, scaling, bias, column_scale): the result; None, and nothing done, where a
+/// question is open.
 PyObject* layer(PyObject* const* given) {
   if (!lent.chosen_freely()) Py_RETURN_NONE;
   Call call(given[0], given[1], records());
-  if (!call.taken || !call.add(given[2], given[3], given[4]) || !call.add_bias(given[5])) Py_RETURN_NONE;
+  if (!call.taken || !call.add(given[2], given[3], given[4])) Py_RETURN_NONE;
+  if (!call.add_bias(given[5]) || !call.add_scale(given[6])) Py_RETURN_NONE;
   return call.run(given[0]);
 }
 
@@ -220,7 +225,7 @@ PyObject* counted(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 8>), METH_FASTCALL, nullptr},
-                         {"lora_layer", as_method(counted<layer, 6>), METH_FASTCALL, nullptr},
+                         {"lora_layer", as_method(counted<layer, 7>), METH_FASTCALL, nullptr},
                          {"lora_layers", as_method(counted<layers, 5>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 

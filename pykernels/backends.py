@@ -260,7 +260,9 @@ def everyday(op: str) -> Callable[..., torch.Tensor | None]:
 def everyday_layers(
     adapter: type,
 ) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
-    """As :func:`everyday`, for lora_linear (x, weight, A, B, scaling, bias) and its grouped form."""
+    """As :func:`everyday`, for lora_linear (x, weight, A, B, scaling, bias, column_scale) and its grouped
+    form.
+    """
     if missing("cpu"):
         return (lambda *_: None), (lambda *_: None)
     found: tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]

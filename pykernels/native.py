@@ -294,7 +294,9 @@ def everyday(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Ten
 def everyday_layers(
     forced: ContextVar[str | None], adapter: type
 ) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
-    """The calls (x, weight, A, B, scaling, bias) and (x, weight, adapters, index, bias) of the same kind."""
+    """The calls (x, weight, A, B, scaling, bias, column_scale) and (x, weight, adapters, index, bias) of that
+    kind.
+    """
     types, asked = (torch.Tensor, torch.nn.Parameter, adapter), (forced, torch.is_grad_enabled, threads)
     _C.lend_layers(*types, *asked, FLOAT_ROWS, _WATCHES)
     return _C.lora_layer, _C.lora_layers

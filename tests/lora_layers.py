@@ -59,6 +59,19 @@ def assert_forward(out: torch.Tensor, c: Layer, kept: torch.Tensor | None, *, ou
     assert_within_sum(out, truth, size, count(k) + count(rank) + 5)
 
 
+def assert_scaled(out: torch.Tensor, c: Layer, scale: torch.Tensor) -> None:
+    """As :func:`assert_forward` where all but the bias is multiplied by ``scale``."""
+    roundings = chain(c.x.shape[1]) + chain(c.adapters[0].A.shape[0]) + 6
+    truth, size = scaled(c, scale), scaled(sizes(c, None), scale.abs())
+    assert_within_sum(out, truth, size, roundings)
+
+
+def scaled(c: Layer, scale: torch.Tensor) -> torch.Tensor:
+    """The layer whose columns are scaled, float64."""
+    y = scale.double() * ref.lora_linear(*c[:4], None, None)
+    return y if c.bias is None else y + c.bias.double()
+
+
 def assert_backward(found, c: Layer, kept: torch.Tensor | None, *, ours: bool = True) -> None:
     """Gradients (x, weight, A of each, B of each; None is not looked at) within their bounds."""
     truth = ref.lora_linear_backward(c.grad, *c[:4], kept)

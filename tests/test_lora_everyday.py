@@ -15,7 +15,7 @@ from pykernels import backends
 from pykernels.ops.lora_pass import everyday, everyday_grouped
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES, SHORT
-from tests.lora_layers import layer
+from tests.lora_layers import assert_scaled, layer
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
 FLOAT_ROWS = native.FLOAT_ROWS
@@ -37,7 +37,7 @@ def both_ways(x, weight, adapters, index, bias=None):
     with pk.use_backend("cpu"):
         wanted = pk.lora_linear(x, weight, a, b, scaling=s, bias=bias)
         grouped = pk.lora_linear_grouped(x, weight, given, index, bias=bias)
-    yield everyday(x, weight, a, b, s, bias), wanted
+    yield everyday(x, weight, a, b, s, bias, None), wanted
     yield everyday_grouped(x, weight, given, index, bias), grouped
     yield everyday_grouped(x, weight, tuple(given), index, bias), grouped
     yield pk.lora_linear(x, weight, a, b, scaling=s, bias=bias), wanted
@@ -76,30 +76,52 @@ def test_takes_any_strides_of_memory():
                 assert_same_bits(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("m", [1, 3, 4, 40])
+def test_scales_columns_and_rounds_once(m, isa, dtype):
+    """Dot products of up to three rows and tiles; columns of half a group, and of two tiles and a part."""
+    for n, rank in ((8, 3), (300, 16)):
+        c = layer(m, n, 60, [rank], dtype)
+        a, b, s = c.adapters[0]
+        scale = torch.linspace(-3, 2, n + 1).view(torch.uint8)[4:].view(torch.float32)
+        for bias in (None, c.bias):
+            given = (c.x, c.weight, a, b, s, bias)
+            with native.use_isa(isa):
+                got, ones, plain = (everyday(*given, t) for t in (scale, torch.ones(n), None))
+                public = pk.lora_linear(*given[:4], scaling=s, bias=bias, column_scale=scale)
+            if got is None:
+                assert dtype == torch.float32 and m > FLOAT_ROWS
+                continue
+            assert_scaled(got, c._replace(bias=bias), scale)
+            assert_same_bits(ones, plain)
+            assert_same_bits(public, got)
+
+
 def test_a_result_of_many_pages():
     n = 1 << 19
     x, weight, a = (torch.ones(m, 1, dtype=torch.bfloat16) for m in (2, n, 1))
-    got = everyday(x, weight, a, weight, 0.5, None)
+    got = everyday(x, weight, a, weight, 0.5, None, None)
     assert got.shape == (2, n) and bool((got == 1.5).all())
 
 
 def test_takes_parameters_where_nothing_is_recorded():
     c = layer(3, 8, 16, [16], torch.bfloat16)
     a, b, s = c.adapters[0]
-    wanted = everyday(c.x, c.weight, a, b, s, None)
+    wanted = everyday(c.x, c.weight, a, b, s, None, None)
     leaves = [torch.nn.Parameter(t) for t in (c.x, c.weight, a, b)]
-    assert everyday(*leaves, s, None) is None
+    assert everyday(*leaves, s, None, None) is None
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert_same_bits(everyday(*leaves, s, None), wanted)
+            assert_same_bits(everyday(*leaves, s, None, None), wanted)
     frozen = [torch.nn.Parameter(t, requires_grad=False) for t in (c.x, c.weight, a, b)]
-    got = everyday(*frozen, s, None)
+    got = everyday(*frozen, s, None, None)
     assert_same_bits(got, wanted)
     assert type(got) is torch.Tensor and not got.requires_grad
 
 
 def left():
-    """By name: arguments (x, weight, A, B, scaling, bias) that are left."""
+    """By name: arguments (x, weight, A, B, scaling, bias, column_scale) that are left."""
     half = torch.bfloat16
     x, w, a, b, bias = (torch.ones(*s, dtype=half) for s in ((2, 3), (4, 3), (2, 3), (4, 2), (4,)))
     wide = [torch.ones(*s) for s in ((FLOAT_ROWS + 1, 3), (4, 3), (2, 3), (4, 2))]
@@ -117,28 +139,32 @@ def left():
         "other width": torch.ones(2, 4, dtype=half),
         "other dtype": x.half(),
     }
-    made = {f"x: {name}": (value, w, a, b, 1.0, None) for name, value in kinds.items()}
+    made = {f"x: {name}": (value, w, a, b, 1.0, None, None) for name, value in kinds.items()}
     return made | {
-        "x: batches apart": (torch.ones(3, 2, 3, dtype=half).transpose(0, 1), w, a, b, 1.0, None),
-        "no columns": (x[:, :0], w[:, :0], a[:, :0], b, 1.0, None),
-        "weight: one dimension": (x, w[0], a, b, 1.0, None),
-        "weight: float32": (x, w.float(), a, b, 1.0, None),
-        "weight: negated": (x, torch._neg_view(w), a, b, 1.0, None),
-        "A: another width": (x, w, a[:, :2], b, 1.0, None),
-        "A: no rank": (x, w, a[:0], b[:, :0], 1.0, None),
-        "A: float16": (x, w, a.half(), b.half(), 1.0, None),
-        "A: float32 alone": (x, w, a.float(), b, 1.0, None),
-        "B: another rank": (x, w, a, b[:, :1], 1.0, None),
-        "B: another height": (x, w, a, b[:3], 1.0, None),
-        "scaling: an integer": (x, w, a, b, 1, None),
-        "scaling: infinite": (x, w, a, b, float("inf"), None),
-        "scaling: not a number": (x, w, a, b, float("nan"), None),
-        "scaling: huge": (x, w, a, b, 2.0**100, None),
-        "bias: float32": (x, w, a, b, 1.0, bias.float()),
-        "bias: another length": (x, w, a, b, 1.0, bias[:3]),
-        "bias: strided": (x, w, a, b, 1.0, torch.ones(8, dtype=half)[::2]),
-        "float32: many rows": (*wide, 1.0, None),
-        "float32: columns apart": (wide[0][:2], torch.ones(3, 4).t(), *wide[2:], 1.0, None),
+        "x: batches apart": (torch.ones(3, 2, 3, dtype=half).transpose(0, 1), w, a, b, 1.0, None, None),
+        "no columns": (x[:, :0], w[:, :0], a[:, :0], b, 1.0, None, None),
+        "weight: one dimension": (x, w[0], a, b, 1.0, None, None),
+        "weight: float32": (x, w.float(), a, b, 1.0, None, None),
+        "weight: negated": (x, torch._neg_view(w), a, b, 1.0, None, None),
+        "A: another width": (x, w, a[:, :2], b, 1.0, None, None),
+        "A: no rank": (x, w, a[:0], b[:, :0], 1.0, None, None),
+        "A: float16": (x, w, a.half(), b.half(), 1.0, None, None),
+        "A: float32 alone": (x, w, a.float(), b, 1.0, None, None),
+        "B: another rank": (x, w, a, b[:, :1], 1.0, None, None),
+        "B: another height": (x, w, a, b[:3], 1.0, None, None),
+        "scaling: an integer": (x, w, a, b, 1, None, None),
+        "scaling: infinite": (x, w, a, b, float("inf"), None, None),
+        "scaling: not a number": (x, w, a, b, float("nan"), None, None),
+        "scaling: huge": (x, w, a, b, 2.0**100, None, None),
+        "bias: float32": (x, w, a, b, 1.0, bias.float(), None),
+        "bias: another length": (x, w, a, b, 1.0, bias[:3], None),
+        "bias: strided": (x, w, a, b, 1.0, torch.ones(8, dtype=half)[::2], None),
+        "column_scale: bfloat16": (x, w, a, b, 1.0, None, bias),
+        "column_scale: another length": (x, w, a, b, 1.0, None, torch.ones(3)),
+        "column_scale: strided": (x, w, a, b, 1.0, None, torch.ones(8)[::2]),
+        "column_scale: gradient": (x, w, a, b, 1.0, None, torch.ones(4, requires_grad=True)),
+        "float32: many rows": (*wide, 1.0, None, None),
+        "float32: columns apart": (wide[0][:2], torch.ones(3, 4).t(), *wide[2:], 1.0, None, None),
     }
 
 
@@ -183,7 +209,7 @@ def test_rows_without_adapters():
 
 def test_leaves_a_forced_backend():
     c = layer(2, 3, 4, [1], torch.bfloat16)
-    given = (c.x, c.weight, *c.adapters[0], None)
+    given = (c.x, c.weight, *c.adapters[0], None, None)
     for name in ("cpu", "ref"):
         with pk.use_backend(name):
             assert everyday(*given) is None
@@ -200,7 +226,7 @@ def test_leaves_what_is_watched():
 
     wanted = run(c.x)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert everyday(c.x, c.weight, a, b, s, None) is None
+        assert everyday(c.x, c.weight, a, b, s, None, None) is None
         fake = run(c.x)
     assert fake.device.type == "cpu" and fake.shape == wanted.shape
     for follow in (make_fx, torch.func.functionalize):
@@ -214,7 +240,7 @@ def test_leaves_what_is_watched():
 
 def test_leaves_a_result_that_a_transform_wraps():
     c = layer(2, 3, 4, [1], torch.bfloat16)
-    given = (c.x, c.weight, *c.adapters[0], None)
+    given = (c.x, c.weight, *c.adapters[0], None, None)
     left = []
 
     def loss(scale):
@@ -229,14 +255,15 @@ def test_leaves_a_result_that_a_transform_wraps():
 def test_keeps_no_reference():
     c = layer(3, 8, 16, [16, 2], torch.bfloat16, grouped=True)
     given = [pk.LoRA(*f) for f in c.adapters]
-    things = [c.x, c.weight, c.bias, c.index, given, given[0], given[0].A, given[0].B]
+    scale = torch.ones(8)
+    things = [c.x, c.weight, c.bias, scale, c.index, given, given[0], given[0].A, given[0].B]
     before = [sys.getrefcount(t) for t in things]
     for _ in range(20):
-        everyday(c.x, c.weight, *given[0][:3], c.bias)
+        everyday(c.x, c.weight, *given[0][:3], c.bias, scale)
         everyday_grouped(c.x, c.weight, given, c.index, c.bias)
         everyday_grouped(c.x, c.weight, given, c.index - 5, None)
         everyday_grouped(c.x, c.weight, [*given, None], c.index, c.bias)
-        everyday(c.x, c.weight, given[0].A, given[1].B, 1.0, None)
+        everyday(c.x, c.weight, given[0].A, given[1].B, 1.0, None, None)
     assert [sys.getrefcount(t) for t in things] == before
 
 
@@ -248,7 +275,7 @@ def test_many_callers_at_once():
     def results(_=None):
         with native.use_threads(3):
             return [everyday_grouped(c.x, c.weight, given, c.index, c.bias),
-                    everyday(c.x[:1], c.weight, *given[0][:3], c.bias)]  # fmt: skip
+                    everyday(c.x[:1], c.weight, *given[0][:3], c.bias, None)]  # fmt: skip
 
     wanted = results()
     with ThreadPoolExecutor(4) as pool:

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import linear
 
 import pykernels as pk
+from pykernels import backends
 from pykernels.ref import lora_linear as ref
 from pykernels.ref.philox import draws
 from tests.bounds import assert_same_bits, assert_within_sum
@@ -208,17 +209,23 @@ def test_only_what_is_asked_for():
 
 def test_peft_layers_forward_and_gradients():
     peft = pytest.importorskip("peft")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, dora in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
         torch.manual_seed(0)
         model = torch.nn.ModuleDict({"q": torch.nn.Linear(48, 32)})
-        config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=["q"], init_lora_weights=False)
+        kind = {"r": 8, "lora_alpha": 12, "init_lora_weights": False, "use_dora": dora}
+        config = peft.LoraConfig(target_modules=["q"], **kind)
         module = peft.inject_adapter_in_model(config, model).to(dtype)["q"]
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
         grad = torch.randn(3, 5, 32, dtype=dtype)
+        s, leaves, given = module.scaling["default"], [x, a, b], {}
+        if dora:
+            leaves.append(m := module.lora_magnitude_vector["default"].weight)
+            m.data *= torch.linspace(0.5, 1.5, 32)
+            given = {"column_scale": m / pk.dora_norm(module.weight, a, b, s)}
         theirs = module(x)
-        y = pk.lora_linear(x, module.weight, a, b, scaling=module.scaling["default"], bias=module.bias)
-        wanted, found = (torch.autograd.grad(t, (x, a, b), grad) for t in (theirs, y))
+        y = pk.lora_linear(x, module.weight, a, b, scaling=s, bias=module.bias, **given)
+        wanted, found = (torch.autograd.grad(t, leaves, grad) for t in (theirs, y))
         for got, want in zip([y, *found], [theirs, *wanted], strict=True):
             room = 8 * torch.finfo(dtype).eps * float(want.detach().abs().max())
             torch.testing.assert_close(got, want, rtol=0, atol=room)
@@ -234,10 +241,34 @@ def test_dora_norm_and_inference():
         assert norm.dtype == (dtype if dtype == torch.float64 else torch.float32)
         assert bool(((norm.double() - truth).abs() <= 70 * eps * size**2 / truth).all())
         m = truth.to(norm.dtype) * 1.5
-        y = (m / norm).to(dtype) * pk.lora_linear(c.x, c.weight, a, b, scaling=s)
+        y = pk.lora_linear(c.x, c.weight, a, b, scaling=s, column_scale=m / norm)
         adapted = c.weight.double() + s * b.double() @ a.double()
         wanted = c.x.double() @ (1.5 * adapted).T
         assert float((y - wanted).abs().max() / wanted.abs().max()) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_scaled_columns(dtype, backend):
+    """Values and gradients, of the scale too; and the same values where no gradient is recorded."""
+    c, leaves = learning(layer(5, 7, 40, [3], dtype))
+    leaves = [*leaves, torch.linspace(-2, 3, 7, requires_grad=True)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    x, weight, a, b, bias, scale = wide
+    truth = scale * (x @ weight.T + c.adapters[0].scaling * (x @ a.T @ b.T)) + bias
+    y = call(c, column_scale=leaves[-1])
+    wanted = [truth, *torch.autograd.grad(truth, wide, c.grad.double())]
+    for got, want in zip([y, *torch.autograd.grad(y, leaves, c.grad)], wanted, strict=True):
+        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        room = 4 * eps * float(want.detach().abs().max())
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=room)
+    for bare in (c, c._replace(bias=None)):
+        y = call(bare, column_scale=leaves[-1])
+        with torch.no_grad(), pk.use_backend(backends.chosen("lora_linear", c.x)):
+            assert_same_bits(call(bare, column_scale=leaves[-1]), y)
+    with torch.no_grad():
+        dropped = call(c._replace(bias=None), dropout=0.5, seed=1)
+        got = call(c._replace(bias=None), dropout=0.5, seed=1, column_scale=torch.full((7,), 4.0))
+        assert_same_bits(got, 4 * dropped)
 
 
 X, W, A, B = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, 3), torch.zeros(4, 2)
@@ -260,6 +291,10 @@ ERRORS = [
     ((X.half(), W.half(), A, B.half()), {}, T, "lora_B must have lora_A's dtype torch.float32, got torch.f"),
     ((X, W, A, B), {"bias": torch.zeros(3)}, V, "bias must have shape [4], got [3]"),
     ((X, W, A, B), {"bias": torch.zeros(4).half()}, T, "bias must have x's dtype torch.float32, got torch.f"),
+    ((X, W, A, B), {"column_scale": 2.0}, T, "column_scale must be a tensor, got float"),
+    ((X, W, A, B), {"column_scale": torch.zeros(3)}, V, "column_scale must have shape [4], got [3]"),
+    ((X.half(), W.half(), A, B), {"column_scale": torch.zeros(4).double()}, T,
+     "column_scale must have x's dtype torch.float16 or float32, got torch.float64"),
     ((X, W, A, B), {"scaling": "1"}, T, "scaling must be a number, got str"),
     ((X, W, A, B), {"scaling": float("nan")}, V, "scaling must be finite in float32, got nan"),
     ((X, W, A, B), {"dropout": 1.5}, V, "dropout must lie in [0, 1], got 1.5"),

@@ -41,11 +41,13 @@ def test_opcheck(grouped):
 
 def test_whole_graphs_give_the_same_bits_and_gradients():
     c, (x, weight, a, b, _, index, bias, _, _) = arguments(torch.bfloat16, grouped=True)
-    leaves = [x, weight, *a, *b, bias]
+    scale = torch.linspace(-1, 2, 4, requires_grad=True)
+    leaves = [x, weight, *a, *b, bias, scale]
 
     def run(x, scaling):
         given = [pk.LoRA(*f, scaling) for f in zip(a, b, strict=True)]
-        y = pk.lora_linear(x, weight, a[0], b[0], scaling=scaling, bias=bias, dropout=0.5, seed=9)
+        options = {"scaling": scaling, "bias": bias, "column_scale": scale}
+        y = pk.lora_linear(x, weight, a[0], b[0], dropout=0.5, seed=9, **options)
         return y + pk.lora_linear_grouped(x, weight, given, index, bias=bias)
 
     torch._dynamo.reset()

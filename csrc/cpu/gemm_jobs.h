@@ -37,12 +37,13 @@ struct Ahead {
   int64_t step, rows, lines;
 };
 
-/// Where sums go, rounded once: element (i, j) to i * row + j * col, plus bias[j].
+/// Where sums go, rounded once: element (i, j) times scale[j] plus bias[j], to i * row + j * col.
 struct GemmOut {
   void* data;
   int dtype;
   int64_t row, col;
-  const void* bias;  // of `dtype`, or null
+  const void* bias;   // of `dtype`, or null
+  const void* scale;  // float32 of any alignment, or null
 };
 
 }  // namespace pk::cpu

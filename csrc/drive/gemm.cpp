@@ -86,7 +86,7 @@ class Skinny {
  public:
   Skinny(float* low, int64_t low_stride, const Matrix& a, int64_t k, const int64_t* rows,
          const std::vector<Shrink>& parts, const cpu::Dropout& dropout, int threads)
-      : out_{low, kF32, low_stride, 1, nullptr},
+      : out_{low, kF32, low_stride, 1, nullptr, nullptr},
         a_(a),
         k_(k),
         rows_(rows),

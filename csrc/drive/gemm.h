@@ -16,7 +16,7 @@ struct Extension {
   float scale;
 };
 
-/// out [m, n] = a [m, k] b [k, n] + extensions + bias; row i of a and out stands at rows[i].
+/// out [m, n] = scale * (a [m, k] b [k, n] + extensions) + bias; row i of a and out stands at rows[i].
 struct Product {
   cpu::GemmOut out;
   cpu::Matrix a, b;

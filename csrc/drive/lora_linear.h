@@ -13,7 +13,8 @@ struct LowRank {
   float scale;
 };
 
-/// out [m, n] = x [m, k] weight^T + bias, and in row i what adapter index[i] adds (-1: nothing).
+/// out [m, n] = scale * (x [m, k] weight^T + in row i what adapter index[i] adds, -1: nothing) + bias; both
+/// of these [n], and `out` holds them.
 struct LoraLinear {
   cpu::GemmOut out;
   cpu::Matrix x, weight;

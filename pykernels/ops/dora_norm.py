@@ -19,7 +19,7 @@ def dora_norm(
     do not change, an inference server keeps the result. A layer with magnitude m is then, norm and m being
     [out],
 
-        ``y = m / norm * lora_linear(x, weight, lora_A, lora_B, scaling=s) + bias``
+        ``lora_linear(x, weight, lora_A, lora_B, scaling=s, bias=bias, column_scale=m / norm)``
 
     and training as PEFT has it treats the norm as a constant.
 

@@ -22,8 +22,13 @@ def lora_linear(
     bias: torch.Tensor | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
+    column_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias + scaling * dropout(x) A^T B^T (Hu et al., 2021, section 4.1), as PEFT's layers have it.
+
+    With ``column_scale`` all but the bias is multiplied by it. DoRA (Liu et al., 2024, section 4) of m [out]
+    is ``column_scale=m / dora_norm(weight, lora_A, lora_B, scaling)``, which inference keeps. Where PEFT
+    trains DoRA it drops from the frozen product too; here only the adapter's branch drops.
 
     On a CPU 16-bit inputs are computed in float32 throughout and rounded once, and no bit depends on threads;
     float32 inputs of many rows go to torch's product, whose bits may. Which elements dropout keeps is drawn
@@ -42,9 +47,12 @@ def lora_linear(
         seed: 64-bit seed of what is dropped; None draws one from torch's default generator, so
             ``torch.manual_seed`` decides. A CUDA graph keeps the seed of its capture: every replay drops the
             same elements.
+        column_scale: tensor [out] of x's dtype or float32, or None. In the CPU's kernels it costs no pass and
+            no rounding, where it is a contiguous float32 tensor, nothing is dropped and no gradient recorded;
+            elsewhere it is a product of torch's, rounded once more.
 
     Returns:
-        A new tensor [*, out] of x's dtype, differentiable (once) in all five tensors.
+        A new tensor [*, out] of x's dtype, differentiable (once) in all six tensors.
 
     Raises:
         ValueError, TypeError, NotImplementedError (sparse x): an argument breaks a rule above; the text names
@@ -53,10 +61,15 @@ def lora_linear(
     traced = is_compiling()
     if not traced:
         if type(dropout) is float and dropout == 0.0:
-            done = lora_pass.everyday(x, weight, lora_A, lora_B, scaling, bias)
+            done = lora_pass.everyday(x, weight, lora_A, lora_B, scaling, bias, column_scale)
             if done is not None:
                 return done
         scaling = check.number(OP, "scaling", scaling)
+    if column_scale is not None:
+        check_lora.layer(OP, x, weight, bias)
+        check.matrix(OP, "column_scale", column_scale, x, [weight.shape[0]], wide=True)
+        y = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, dropout=dropout, seed=seed)
+        return _scaled(y, column_scale, bias)
     threshold = lora_pass.keeping(OP, dropout)
     if traced or bias is not None or not check_lora.fits(x, weight, lora_A, lora_B):
         check_lora.layer(OP, x, weight, bias)
@@ -71,6 +84,15 @@ def lora_linear(
     if drops:
         key_tensor = _draw() if seed is None else torch.full((), library.signed(check.seed(OP, seed)))
     return lora_pass.operator(x, weight, [lora_A], [lora_B], factor, None, bias, threshold, key_tensor)
+
+
+def _scaled(y: torch.Tensor, column_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """column_scale * y + bias in y's dtype: rounded once, and in place where nobody could tell."""
+    if bias is not None:
+        return torch.addcmul(bias, y, column_scale).to(y.dtype)
+    if library.needed(y, column_scale):
+        return (y * column_scale).to(y.dtype)
+    return y.mul_(column_scale)
 
 
 def _draw() -> torch.Tensor:
