@@ -58,7 +58,7 @@ def test_names_are_unique_and_targets_name_rows():
 
 
 def test_every_public_op_has_a_case():
-    parts = {"ties_fused", "l1_norms", "dot_products", "magnitude_histogram"}
+    parts = {"ties_fused", "l1_norms", "dot_products", "magnitude_histogram", "merge_in_order"}
     public = set(TABLE) - parts - {"lora_linear_backward", "dropout_mask", "dora_norm"}
     public |= {"compose_lora"}  # of torch's and this package's own ops: no row in the table of backends
     assert public == set(CALLS) == {case.op for case in CASES}
