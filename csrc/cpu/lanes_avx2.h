@@ -174,11 +174,9 @@ PK_IN void put(float* p, Pair x, bool stream) {
   write(p + 8, _mm256_castps_si256(x.b.v), stream);
 }
 
-// The first `count` elements of a pair, which may be none or all. In pieces, of which every row of a tensor
-// has the same: a masked store takes as long as a dozen of them.
+// The first `bytes` of a register, fewer than all. In pieces, of which every row of a tensor has the same: a
+// masked store takes as long as a dozen of them.
 PK_IN void write_first(void* p, __m256i x, int bytes) {
-  if (bytes <= 0) return;
-  if (bytes >= 32) return write(p, x, false);
   char* to = static_cast<char*>(p);
   __m128i part = _mm256_castsi256_si128(x);
   if (bytes & 16) {
@@ -199,12 +197,14 @@ PK_IN void write_first(void* p, __m256i x, int bytes) {
   }
   if (bytes & 2) memcpy(to, &word, 2);
 }
+// The first `count` elements of a pair, fewer than all.
 template <class T>
 PK_IN void put_first(T* p, Pair x, int count) {
   write_first(p, narrowed(T{}, x), 2 * count);
 }
 PK_IN void put_first(float* p, Pair x, int count) {
-  write_first(p, _mm256_castps_si256(x.a.v), 4 * count);
+  if (count < 8) return write_first(p, _mm256_castps_si256(x.a.v), 4 * count);
+  write(p, _mm256_castps_si256(x.a.v), false);
   write_first(p + 8, _mm256_castps_si256(x.b.v), 4 * count - 32);
 }
 PK_IN void fence() { _mm_sfence(); }

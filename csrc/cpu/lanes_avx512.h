@@ -150,7 +150,7 @@ PK_IN void put(float* p, Pair x, bool stream) {
   write(p, _mm512_castps_si512(x.a.v), stream);
   write(p + 16, _mm512_castps_si512(x.b.v), stream);
 }
-// The first `count` elements of a pair, which may be none or all.
+// The first `count` elements of a pair, fewer than all.
 template <class T>
 PK_IN void put_first(T* p, Pair x, int count) {
   _mm512_mask_storeu_epi16(p, first(count), narrowed(T{}, x));

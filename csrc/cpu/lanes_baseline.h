@@ -181,14 +181,12 @@ PK_IN void put(f16* p, Pair x, bool) {
   memcpy(p, h, 16);
 }
 PK_IN void put(float* p, Pair x, bool) { memcpy(p, &x, 32); }
-// The first `count` elements of a pair, which may be none or more than all.
+// The first `count` elements of a pair, fewer than all.
 template <class T>
 PK_IN void put_first(T* p, Pair x, int count) {
-  constexpr int most = 2 * kLanes;
-  if (count >= most) return put(p, x, false);
-  T all[most];
+  T all[2 * kLanes];
   put(all, x, false);
-  if (count > 0) memcpy(static_cast<void*>(p), all, size_t(count) * sizeof(T));
+  memcpy(static_cast<void*>(p), all, size_t(count) * sizeof(T));
 }
 PK_IN void fence() {}
 

@@ -31,8 +31,9 @@ PK_IN V lifted_exp(const V& z, const V& magic, const V& low) {
 /// The sum of the virtual lanes, in the order that T's load gives them.
 template <class T>
 PK_IN double tree(const Stripe& s) {
-  alignas(64) float lane[kStripe];
-  for (int k = 0; k < kPairs; k++) put(lane + k * kGroup, kParted<T> ? interleave(s.p[k]) : s.p[k], false);
+  Stripe in_order = s;
+  for (int k = 0; k < kPairs && kParted<T>; k++) in_order.p[k] = interleave(s.p[k]);
+  const float* lane = reinterpret_cast<const float*>(kParted<T> ? &in_order : &s);
   typedef float Floats4 __attribute__((vector_size(16)));  // a compiler would take the lanes one by one
   typedef double Doubles4 __attribute__((vector_size(32)));
   Doubles4 sum[4];

@@ -31,7 +31,7 @@ PK_IN void put_row(O* out, const F (&y)[kParts], int width) {
   }
   alignas(64) float wide[kStripe];
   for (int k = 0; k < kParts; k++) store(wide + k * kLanes, canonical(y[k]));
-  for (int i = 0; i < kWidth; i += kGroup) put_first(out + i, ordered<float, O>(load(wide + i)), width - i);
+  put_some<float>(out, load_stripe(wide), width);
 }
 
 /// What a row has once, sixteen times.

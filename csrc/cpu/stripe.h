@@ -87,7 +87,11 @@ PK_IN void put_stripe(O* out, const Stripe& s, bool stream = false) {
 template <class T, class O>
 PK_IN void put_some(O* out, const Stripe& s, int count, bool stream = false) {
   if (count == kStripe) return put_stripe<T>(out, s, stream);
-  for (int k = 0; k < kPairs; k++) put_first(out + k * kGroup, ordered<T, O>(s.p[k]), count - k * kGroup);
+  for (int k = 0; k < kPairs; k++) {
+    const int at = k * kGroup, left = count - at;
+    if (left < kGroup) return put_first(out + at, ordered<T, O>(s.p[k]), left);
+    put(out + at, ordered<T, O>(s.p[k]), false);
+  }
 }
 
 }  // namespace
