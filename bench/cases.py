@@ -264,6 +264,11 @@ _SOFTMAX = (
         for n in (64, 128, 256, 512, 1024, 2048, 4096)
         for rows in (1, 2**14 // n)
     ),
+    *(
+        Case("softmax", _logits(2**14 // n, n, d), kind="cache", peers={"torch": 1.0})
+        for d in (torch.float32, torch.bfloat16)
+        for n in (100, 1000)
+    ),
 )
 
 _WEIGHT = Spec(n=0, data=LORA)

@@ -92,16 +92,48 @@ struct Pair {
   F a, b;
 };
 
-PK_IN Pair load(const bf16* p) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+PK_IN Pair widened(bf16, __m256i x) {
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))},
           {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xFFFF0000u))))}};
+}
+PK_IN Pair widened(f16, __m256i x) {
+  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(x))}, {_mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))}};
+}
+PK_IN Pair load(const bf16* p) {
+  return widened(bf16{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 PK_IN Pair load(const f16* p) {
   return {{_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))},
           {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))}};
 }
 PK_IN Pair load(const float* p) { return {{_mm256_loadu_ps(p)}, {_mm256_loadu_ps(p + 8)}}; }
+
+// The first `count` elements, which may be none or more than there are lanes, followed by `rest`. No memory
+// behind them is touched, nor is a store waited for, as a load from a copy would that stores made in pieces.
+PK_IN __m256i first_words(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+PK_IN F load_words_or(const float* p, int count, float rest) {
+  const __m256i some = first_words(count);
+  const __m256 x = _mm256_maskload_ps(p, some);
+  return {_mm256_blendv_ps(_mm256_set1_ps(rest), x, _mm256_castsi256_ps(some))};
+}
+PK_IN Pair load_first(const float* p, int count, float rest) {
+  return {load_words_or(p, count, rest), load_words_or(p + 8, count - 8, rest)};
+}
+template <class T>
+PK_IN Pair load_first(const T* p, int count, T rest) {
+  const __m256i place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const int even = count & ~1;
+  const __m256i twos = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_words(even / 2));
+  const __m256i some = _mm256_cmpgt_epi16(_mm256_set1_epi16(short(even)), place);
+  __m256i x = _mm256_blendv_epi8(_mm256_set1_epi16(short(rest.bits)), twos, some);
+  if (count > 0 && even < count) {
+    const __m256i last = _mm256_cmpeq_epi16(_mm256_set1_epi16(short(even)), place);
+    x = _mm256_blendv_epi8(x, _mm256_set1_epi16(short(p[even].bits)), last);
+  }
+  return widened(T{}, x);
+}
 
 PK_IN Pair interleave(Pair x) {  // even, odd -> in order
   const __m256 low = _mm256_unpacklo_ps(x.a.v, x.b.v), high = _mm256_unpackhi_ps(x.a.v, x.b.v);
@@ -124,18 +156,56 @@ PK_IN void write(void* p, __m256i x, bool stream) {
   else
     _mm256_storeu_si256(static_cast<__m256i*>(p), x);
 }
-PK_IN void put(bf16* p, Pair x, bool stream) {  // takes even, odd
+PK_IN __m256i narrowed(bf16, Pair x) {  // takes even, odd
   const __m256i even = _mm256_srli_epi32(round_bf16(x.a), 16);
-  write(p, _mm256_blend_epi16(even, round_bf16(x.b), 0xAA), stream);
+  return _mm256_blend_epi16(even, round_bf16(x.b), 0xAA);
 }
-PK_IN void put(f16* p, Pair x, bool stream) {
+PK_IN __m256i narrowed(f16, Pair x) {
   const __m128i a = _mm256_cvtps_ph(x.a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m128i b = _mm256_cvtps_ph(x.b.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  write(p, _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1), stream);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+}
+template <class T>
+PK_IN void put(T* p, Pair x, bool stream) {
+  write(p, narrowed(T{}, x), stream);
 }
 PK_IN void put(float* p, Pair x, bool stream) {
   write(p, _mm256_castps_si256(x.a.v), stream);
   write(p + 8, _mm256_castps_si256(x.b.v), stream);
+}
+
+// The first `bytes` of a register, fewer than all. In pieces, of which every row of a tensor has the same: a
+// masked store takes as long as a dozen of them.
+PK_IN void write_first(void* p, __m256i x, int bytes) {
+  char* to = static_cast<char*>(p);
+  __m128i part = _mm256_castsi256_si128(x);
+  if (bytes & 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), part);
+    part = _mm256_extracti128_si256(x, 1);
+    to += 16;
+  }
+  if (bytes & 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), part);
+    part = _mm_srli_si128(part, 8);
+    to += 8;
+  }
+  int word = _mm_cvtsi128_si32(part);
+  if (bytes & 4) {
+    memcpy(to, &word, 4);
+    word = _mm_extract_epi32(part, 1);
+    to += 4;
+  }
+  if (bytes & 2) memcpy(to, &word, 2);
+}
+// The first `count` elements of a pair, fewer than all.
+template <class T>
+PK_IN void put_first(T* p, Pair x, int count) {
+  write_first(p, narrowed(T{}, x), 2 * count);
+}
+PK_IN void put_first(float* p, Pair x, int count) {
+  if (count < 8) return write_first(p, _mm256_castps_si256(x.a.v), 4 * count);
+  write(p, _mm256_castps_si256(x.a.v), false);
+  write_first(p + 8, _mm256_castps_si256(x.b.v), 4 * count - 32);
 }
 PK_IN void fence() { _mm_sfence(); }
 

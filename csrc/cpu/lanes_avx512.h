@@ -93,6 +93,24 @@ PK_IN Pair load(const f16* p) {
 }
 PK_IN Pair load(const float* p) { return {{_mm512_loadu_ps(p)}, {_mm512_loadu_ps(p + 16)}}; }
 
+// The first `count` elements, which may be none or all, followed by `rest`. No memory behind them is touched.
+PK_IN __mmask32 first(int count) { return _bzhi_u32(~0u, unsigned(count)); }
+PK_IN Pair load_first(const bf16* p, int count, bf16 rest) {
+  const __m512i x = _mm512_mask_loadu_epi16(_mm512_set1_epi16(short(rest.bits)), first(count), p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xFFFF0000u))))}};
+}
+PK_IN Pair load_first(const f16* p, int count, f16 rest) {
+  const __m512i x = _mm512_mask_loadu_epi16(_mm512_set1_epi16(short(rest.bits)), first(count), p);
+  return {{_mm512_cvtph_ps(_mm512_castsi512_si256(x))}, {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1))}};
+}
+PK_IN Pair load_first(const float* p, int count, float rest) {
+  const __mmask32 some = first(count);
+  const __m512 r = _mm512_set1_ps(rest);
+  return {{_mm512_mask_loadu_ps(r, __mmask16(some), p)},
+          {_mm512_mask_loadu_ps(r, __mmask16(some >> 16), p + 16)}};
+}
+
 PK_IN Pair interleave(Pair x) {  // even, odd -> in order
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -115,18 +133,31 @@ PK_IN void write(void* p, __m512i x, bool stream) {
   else
     _mm512_storeu_si512(p, x);
 }
-PK_IN void put(bf16* p, Pair x, bool stream) {  // takes even, odd
+PK_IN __m512i narrowed(bf16, Pair x) {  // takes even, odd
   const __m512i even = _mm512_srli_epi32(round_bf16(x.a), 16);
-  write(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, even, round_bf16(x.b)), stream);
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, even, round_bf16(x.b));
 }
-PK_IN void put(f16* p, Pair x, bool stream) {
+PK_IN __m512i narrowed(f16, Pair x) {
   const __m256i a = _mm512_cvtps_ph(x.a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256i b = _mm512_cvtps_ph(x.b.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  write(p, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1), stream);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+template <class T>
+PK_IN void put(T* p, Pair x, bool stream) {
+  write(p, narrowed(T{}, x), stream);
 }
 PK_IN void put(float* p, Pair x, bool stream) {
   write(p, _mm512_castps_si512(x.a.v), stream);
   write(p + 16, _mm512_castps_si512(x.b.v), stream);
+}
+// The first `count` elements of a pair, fewer than all.
+template <class T>
+PK_IN void put_first(T* p, Pair x, int count) {
+  _mm512_mask_storeu_epi16(p, first(count), narrowed(T{}, x));
+}
+PK_IN void put_first(float* p, Pair x, int count) {
+  _mm512_mask_storeu_ps(p, __mmask16(first(count)), x.a.v);
+  _mm512_mask_storeu_ps(p + 16, __mmask16(first(count) >> 16), x.b.v);
 }
 PK_IN void fence() { _mm_sfence(); }
 

@@ -145,6 +145,17 @@ PK_IN Pair load(const float* p) {
   return x;
 }
 
+// The first `count` elements, which may be none or more than there are lanes, followed by `rest`.
+template <class T>
+PK_IN Pair load_first(const T* p, int count, T rest) {
+  constexpr int most = 2 * kLanes;
+  if (count >= most) return load(p);
+  T some[most];
+  for (T& x : some) x = rest;
+  if (count > 0) memcpy(static_cast<void*>(some), p, size_t(count) * sizeof(T));
+  return load(some);
+}
+
 PK_IN Pair interleave(Pair x) {  // even, odd -> in order
   const Floats a = x.a.v, b = x.b.v;
   return {{Floats{a[0], b[0], a[1], b[1]}}, {Floats{a[2], b[2], a[3], b[3]}}};
@@ -171,6 +182,13 @@ PK_IN void put(f16* p, Pair x, bool) {
   memcpy(p, h, 16);
 }
 PK_IN void put(float* p, Pair x, bool) { memcpy(p, &x, 32); }
+// The first `count` elements of a pair, fewer than all.
+template <class T>
+PK_IN void put_first(T* p, Pair x, int count) {
+  T all[2 * kLanes];
+  put(all, x, false);
+  memcpy(static_cast<void*>(p), all, size_t(count) * sizeof(T));
+}
 PK_IN void fence() {}
 
 // 8 draws of 16 bits, two to a word: which are below the threshold (0..65536)?

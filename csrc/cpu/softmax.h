@@ -31,8 +31,9 @@ PK_IN V lifted_exp(const V& z, const V& magic, const V& low) {
 /// The sum of the virtual lanes, in the order that T's load gives them.
 template <class T>
 PK_IN double tree(const Stripe& s) {
-  alignas(64) float lane[kStripe];
-  for (int k = 0; k < kPairs; k++) put(lane + k * kGroup, kParted<T> ? interleave(s.p[k]) : s.p[k], false);
+  Stripe in_order = s;
+  for (int k = 0; k < kPairs && kParted<T>; k++) in_order.p[k] = interleave(s.p[k]);
+  const float* lane = reinterpret_cast<const float*>(kParted<T> ? &in_order : &s);
   typedef float Floats4 __attribute__((vector_size(16)));  // a compiler would take the lanes one by one
   typedef double Doubles4 __attribute__((vector_size(32)));
   Doubles4 sum[4];
@@ -73,37 +74,21 @@ struct Lanes {
   PK_MEMBER double total() { return tree<T>(all()); }
 };
 
-/// The last `count` elements of a row (< kStripe), followed by -inf.
+/// What follows a row: -inf, which no maximum and no sum sees.
 template <class T>
-struct Tail {
-  alignas(64) T x[kStripe];
-
-  PK_MEMBER Tail(const T* from, int64_t count) {
-    T nothing;
-    nothing.bits = sizeof(T) == 2 && kParted<T> ? 0xFF80u : 0xFC00u;
-    for (T& e : x) e = nothing;
-    memcpy(static_cast<void*>(x), from, size_t(count) * sizeof(T));
-  }
-};
-template <>
-struct Tail<float> {
-  alignas(64) float x[kStripe];
-
-  PK_MEMBER Tail(const float* from, int64_t count) {
-    for (float& e : x) e = kMinusInfinity;
-    memcpy(x, from, size_t(count) * sizeof(float));
-  }
-};
+PK_IN T nothing() {
+  if constexpr (sizeof(T) == 4)
+    return kMinusInfinity;
+  else
+    return {kParted<T> ? uint16_t(0xFF80) : uint16_t(0xFC00)};
+}
 
 /// Calls body(stripe of x, its first index, its length) over elements [0, n); the last stripe may be short.
 template <class T, class Body>
 PK_IN void each_stripe(const T* x, int64_t n, Body&& body) {
   const int64_t full = n / kStripe * kStripe;
   for (int64_t i = 0; i < full; i += kStripe) body(load_stripe(x + i), i, kStripe);
-  if (full < n) {
-    const Tail<T> tail(x + full, n - full);
-    body(load_stripe(tail.x), full, int(n - full));
-  }
+  if (full < n) body(load_some(x + full, int(n - full), nothing<T>()), full, int(n - full));
 }
 
 /// The sum of term(stripe, first index, length) over at most kLazy elements.
@@ -212,7 +197,7 @@ PK_IN void scale_row(const float* from, O* out, int64_t n, const Answer by, bool
     put_stripe<T>(out + i, finished<O>(load_stripe(from + i), by), stream);
   if (full == n) return;
   const Stripe last =
-      sizeof(T) == 4 ? load_stripe(Tail<float>(from + full, n - full).x) : load_stripe(from + full);
+      sizeof(T) == 4 ? load_some(from + full, int(n - full), kMinusInfinity) : load_stripe(from + full);
   put_some<T>(out + full, finished<O>(last, by), int(n - full));
 }
 

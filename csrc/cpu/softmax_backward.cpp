@@ -27,10 +27,8 @@ PK_IN void each_two(const T* g, const T* y, int64_t n, Body&& body) {
     body(load_stripe(g + i), load_stripe(y + i), i, kStripe);
   }
   if (full == n) return;
-  alignas(64) T few[2][kStripe] = {};
-  memcpy(static_cast<void*>(few[0]), g + full, size_t(n - full) * sizeof(T));
-  memcpy(static_cast<void*>(few[1]), y + full, size_t(n - full) * sizeof(T));
-  body(load_stripe(few[0]), load_stripe(few[1]), full, int(n - full));
+  const int some = int(n - full);
+  body(load_some(g + full, some, T{}), load_some(y + full, some, T{}), full, some);
 }
 
 template <bool log, class T>

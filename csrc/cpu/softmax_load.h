@@ -10,14 +10,7 @@ namespace {
 template <class T>
 PK_IN void widen(const T* x, int64_t count, float* z) {
   for (int64_t i = 0; i < count; i += kGroup) {
-    alignas(64) T few[kGroup];
-    const T* from = x + i;
-    if (count - i < kGroup) {
-      memset(static_cast<void*>(few), 0, sizeof few);
-      memcpy(static_cast<void*>(few), from, size_t(count - i) * sizeof(T));
-      from = few;
-    }
-    const Pair p = load(from);
+    const Pair p = count - i < kGroup ? load_first(x + i, int(count - i), T{}) : load(x + i);
     put(z + i, kParted<T> ? interleave(p) : p, false);
   }
 }

@@ -124,13 +124,10 @@ void write_rows(const Softmax& job, O* out, const float* z, int64_t rows, const 
   for (int64_t i = 0; i < count; i += kGroup) {
     const F a = next(z + i), b = next(z + i + kLanes);
     const Pair y = kParted<O> ? part({a, b}) : Pair{a, b};
-    if (count - i >= kGroup) {
+    if (count - i >= kGroup)
       put(out + i, y, false);
-    } else {
-      alignas(64) O last[kGroup];
-      put(last, y, false);
-      memcpy(static_cast<void*>(out + i), last, size_t(count - i) * sizeof(O));
-    }
+    else
+      put_first(out + i, y, int(count - i));
   }
 }
 

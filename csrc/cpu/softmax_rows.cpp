@@ -90,26 +90,34 @@ void rows_together(const Softmax& job, int64_t first, int count, float* scratch)
   const int64_t n = job.n, stride = (n + kStripe - 1) / kStripe * kStripe;
   const int64_t ahead = ahead_of<O>(job, count);
   const O* x = static_cast<const O*>(job.x) + first * n;
-  Row row[kTogether];
+  float most[kTogether] = {};
+  bool usual = true;
+  for (int r = 0; r < count; r++) {
+    most[r] = largest(x + r * n, n);
+    usual &= in_range(most[r]);
+  }
+  if (__builtin_expect(!usual, 0)) {
+    for (int r = 0; r < count; r++) row_of<O, O>(job, x + r * n, first + r, 0, scratch);
+    return;
+  }
+  int exponent[kTogether];
   Reference at[kTogether];
+  for (int r = 0; r < kTogether; r++) {  // lanes for a compiler
+    exponent[r] = nearest_exponent(most[r]);
+    at[r] = reference(exponent[r]);
+  }
   Stripe lanes[kTogether];
   float* w[kTogether];
   for (int r = 0; r < count; r++) {
-    row[r].most = largest(x + r * n, n);
-    row[r].exponent = in_range(row[r].most) ? nearest_exponent(row[r].most) : 0;
-    at[r] = reference(row[r].exponent);
     w[r] = place_of<O>(job, first + r, scratch + r * stride);
+    lanes[r] = job.kind == kSoftmax
+                   ? exponentials_of_block<O, kDegree<O>, true>(x + r * n, w[r], n, at[r], ahead)
+                   : exponentials_of_block<O, 6, false>(x + r * n, nullptr, n, at[r], ahead);
   }
+  double total[kTogether];
+  for (int r = 0; r < count; r++) total[r] = tree<O>(lanes[r]);
   for (int r = 0; r < count; r++)
-    if (in_range(row[r].most))
-      lanes[r] = job.kind == kSoftmax
-                     ? exponentials_of_block<O, kDegree<O>, true>(x + r * n, w[r], n, at[r], ahead)
-                     : exponentials_of_block<O, 6, false>(x + r * n, nullptr, n, at[r], ahead);
-  for (int r = 0; r < count; r++) row[r].total = in_range(row[r].most) ? tree<O>(lanes[r]) : 0;
-  for (int r = 0; r < count; r++)
-    if (in_range(row[r].most)) finish_row<O, O>(job, first + r, x + r * n, w[r], 0, row[r]);
-  for (int r = 0; r < count; r++)
-    if (!in_range(row[r].most)) row_of<O, O>(job, x + r * n, first + r, 0, scratch);
+    finish_row<O, O>(job, first + r, x + r * n, w[r], 0, {most[r], exponent[r], total[r]});
 }
 
 template <class O>

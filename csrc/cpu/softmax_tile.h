@@ -31,15 +31,7 @@ PK_IN void put_row(O* out, const F (&y)[kParts], int width) {
   }
   alignas(64) float wide[kStripe];
   for (int k = 0; k < kParts; k++) store(wide + k * kLanes, canonical(y[k]));
-  alignas(64) O narrow[kStripe];
-  for (int i = 0; i < kWidth; i += kGroup) {
-    const Pair pair = load(wide + i);
-    put(narrow + i, kParted<O> ? part(pair) : pair, false);
-  }
-  if (width == kWidth)
-    memcpy(static_cast<void*>(out), narrow, kWidth * sizeof(O));
-  else
-    memcpy(static_cast<void*>(out), narrow, size_t(width) * sizeof(O));
+  put_some<float>(out, load_stripe(wide), width);
 }
 
 /// What a row has once, sixteen times.

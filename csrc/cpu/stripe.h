@@ -27,6 +27,14 @@ PK_IN Stripe load_stripe(const T* x) {
   return s;
 }
 
+/// The first `count` elements, at least one, followed by `rest`; reads nothing behind them.
+template <class T>
+PK_IN Stripe load_some(const T* x, int count, T rest) {
+  Stripe s;
+  for (int k = 0; k < kPairs; k++) s.p[k] = load_first(x + k * kGroup, count - k * kGroup, rest);
+  return s;
+}
+
 template <class Function, class... More>
 PK_IN Stripe each(Function f, const Stripe& s, const More&... more) {
   Stripe r;
@@ -61,25 +69,29 @@ PK_IN F largest_register(const Stripe& s) {
   return all;
 }
 
+/// A pair as T's load orders it, in the order that O's put takes.
+template <class T, class O>
+PK_IN Pair ordered(const Pair& x) {
+  if (kParted<T> && !kParted<O>) return interleave(x);
+  return kParted<O> && !kParted<T> ? part(x) : x;
+}
+
 /// Round a stripe as T's load orders it and write it as elements of O; a NaN of a 16-bit output must be
 /// canonical. `stream`: past the cache, where `out` is a multiple of 64.
 template <class T, class O>
 PK_IN void put_stripe(O* out, const Stripe& s, bool stream = false) {
-  for (int k = 0; k < kPairs; k++) {
-    Pair y = s.p[k];
-    if (kParted<T> && !kParted<O>) y = interleave(y);
-    if (kParted<O> && !kParted<T>) y = part(y);
-    put(out + k * kGroup, y, stream);
-  }
+  for (int k = 0; k < kPairs; k++) put(out + k * kGroup, ordered<T, O>(s.p[k]), stream);
 }
 
 /// The same for the first `count` elements of a stripe.
 template <class T, class O>
 PK_IN void put_some(O* out, const Stripe& s, int count, bool stream = false) {
   if (count == kStripe) return put_stripe<T>(out, s, stream);
-  alignas(64) O last[kStripe];
-  put_stripe<T>(last, s);
-  memcpy(static_cast<void*>(out), last, size_t(count) * sizeof(O));
+  for (int k = 0; k < kPairs; k++) {
+    const int at = k * kGroup, left = count - at;
+    if (left < kGroup) return put_first(out + at, ordered<T, O>(s.p[k]), left);
+    put(out + at, ordered<T, O>(s.p[k]), false);
+  }
 }
 
 }  // namespace
