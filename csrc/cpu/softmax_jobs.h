@@ -92,7 +92,7 @@ constexpr int64_t kColumnFloats = 262144;  // of that scratch: past the second-l
 constexpr int64_t kStreamed = 1 << 23;     // floats of a row whose result no cache would keep: past it
 constexpr int64_t kAhead = 4096;           // bytes that long rows are fetched ahead
 constexpr int64_t kNear = 131072;          // bytes of rows that the second cache holds: they need no fetching
-constexpr int64_t kRowBatch = 32768;       // elements of short rows that a thread takes at a time
+constexpr int64_t kRowBatch = 8192;        // elements of short rows that a thread takes at a time
 constexpr int64_t kSlack = 256;            // floats behind a scratch row that kernels may write
 
 static_assert(kSplit % 4096 == 0, "sums are flushed every 4096 elements, counted from the start of the row");
