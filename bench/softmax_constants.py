@@ -194,7 +194,7 @@ def line(row: Mapping[str, Any]) -> str:
 def together(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     """New rows, and those of a file's other constants, in the order of :data:`CROSSINGS`."""
     new = {row["constant"] for row in rows}
-    found = report.load(path)["rows"] if path.exists() else []
+    found = report.load(path)[0]["rows"] if path.exists() else []
     order = {name: i for i, name in enumerate({c.constant: 0 for c in CROSSINGS})}
     kept = [row for row in found if row["constant"] in order.keys() - new]
     return sorted([*rows, *kept], key=lambda row: order[row["constant"]])

@@ -2,8 +2,8 @@
 
 A bfloat16 is one part, a float16 two, a float32 three: leading bits cut off, not rounded, so nothing
 overflows and the parts add up to the number exactly. Of all pairs the terms above 2**-24 of the product are
-summed, in float32, the smallest first. The first part of an Inf or NaN is itself, the others are 0; it meets
-the other number's first part alone, so that both come out as in float32 arithmetic.
+summed, in float32, the smallest first. The first part of an Inf or NaN is itself, the others are 0; beside
+a number of one part, Inf times a part that is 0 gives NaN: a result that is not finite stays so.
 """
 
 from __future__ import annotations
@@ -41,12 +41,6 @@ def behind(value, part):
 
 
 @triton.jit
-def calm(part):
-    """The first part beside a remainder: infinity times a remainder of 0 would be a NaN."""
-    return tl.where(tl.abs(part) < float("inf"), part, 0.0)
-
-
-@triton.jit
 def exactly(value, DTYPE: tl.constexpr):
     """A float32 tile in the type that holds it."""
     if not _HOST:
@@ -70,17 +64,17 @@ def multiply(acc, a, b, A: tl.constexpr, B: tl.constexpr):
         b1 = behind(b, b0)
         if OF_A == 3:
             a2 = behind(a1, leading(a1))
-            acc = dot(acc, exactly(a2, tl.bfloat16), exactly(calm(b0), tl.bfloat16))
+            acc = dot(acc, exactly(a2, tl.bfloat16), exactly(b0, tl.bfloat16))
             a1 = leading(a1)
         if OF_B == 3:
             b2 = behind(b1, leading(b1))
-            acc = dot(acc, exactly(calm(a0), tl.bfloat16), exactly(b2, tl.bfloat16))
+            acc = dot(acc, exactly(a0, tl.bfloat16), exactly(b2, tl.bfloat16))
             b1 = leading(b1)
         if OF_A > 1 and OF_B > 1:
             acc = dot(acc, exactly(a1, tl.bfloat16), exactly(b1, tl.bfloat16))
         if OF_A > 1:
-            acc = dot(acc, exactly(a1, tl.bfloat16), exactly(calm(b0), tl.bfloat16))
+            acc = dot(acc, exactly(a1, tl.bfloat16), exactly(b0, tl.bfloat16))
         if OF_B > 1:
-            acc = dot(acc, exactly(calm(a0), tl.bfloat16), exactly(b1, tl.bfloat16))
+            acc = dot(acc, exactly(a0, tl.bfloat16), exactly(b1, tl.bfloat16))
         acc = dot(acc, exactly(a0, tl.bfloat16), exactly(b0, tl.bfloat16))
     return acc
