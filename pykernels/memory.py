@@ -18,21 +18,29 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 """Types that leave every operator to torch."""
 
 
+def _look(tensors: Sequence[torch.Tensor]) -> bool:
+    """The first call finds out who knows: nobody, where the compiled module is not built."""
+    global hold
+    hold = _compiled() or _nobody_knows
+    return hold(tensors)
+
+
+def _compiled() -> Callable[[Sequence[torch.Tensor]], bool] | None:
+    try:
+        from pykernels import _C
+    except ImportError:
+        return None
+    return _C.have_memory if _C.know_tensors(torch.Tensor, torch.nn.Parameter) else None
+
+
 def _nobody_knows(tensors: Sequence[torch.Tensor]) -> bool:
     return False
 
 
-hold: Callable[[Sequence[torch.Tensor]], bool] = _nobody_knows
+hold: Callable[[Sequence[torch.Tensor]], bool] = _look
 """Whether each of some plain tensors has memory behind all its elements, much sooner than by the same
 questions from Python; False as well where one is open, for :func:`examine` to answer.
 """
-try:
-    from pykernels import _C
-
-    if _C.know_tensors(torch.Tensor, torch.nn.Parameter):
-        hold = _C.have_memory
-except ImportError:  # not built
-    pass
 
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack

@@ -7,7 +7,6 @@ past the end is fatal wherever the buffer stands; without it, such bytes are che
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.util
 import mmap
 import sys
@@ -18,9 +17,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-
-import pykernels
-from pykernels import memory
 
 PAGE = mmap.PAGESIZE
 CANARY = 0xA5
@@ -271,10 +267,9 @@ def install(path: str) -> None:
 
     The emulated CUDA kernels beside it come along as they are: their tests build walls of their own.
     """
-    if "pykernels.native" in sys.modules:
-        raise ImportError("pykernels.native holds another build already")
-    pykernels._C = sys.modules["pykernels._C"] = Walled(load(path))
-    importlib.reload(memory)  # which the package imports, and it the build
+    if "pykernels._C" in sys.modules:
+        raise ImportError(f"pykernels._C is loaded already, and not from {path}")
+    sys.modules["pykernels._C"] = Walled(load(path))
     for emulated in Path(path).parent.glob("_cuda_emulated.*"):
         name = "pykernels._cuda_emulated"
         sys.modules[name] = load(str(emulated), name)
