@@ -130,7 +130,9 @@ PK_IN Pair load_first(const T* p, int count, T rest) {
   __m256i x = _mm256_blendv_epi8(_mm256_set1_epi16(short(rest.bits)), twos, some);
   if (count > 0 && even < count) {
     const __m256i last = _mm256_cmpeq_epi16(_mm256_set1_epi16(short(even)), place);
-    x = _mm256_blendv_epi8(x, _mm256_set1_epi16(short(p[even].bits)), last);
+    short end;
+    memcpy(&end, static_cast<const void*>(p + even), 2);
+    x = _mm256_blendv_epi8(x, _mm256_set1_epi16(end), last);
   }
   return widened(T{}, x);
 }
