@@ -1,9 +1,9 @@
 // Loops over chunks by several threads: those of torch's OpenMP, where the process has it.
 //
 // After each of torch's parallel loops its threads wait awake for some milliseconds, one on every core, for
-// the next. Threads of ours would share the cores with them.
-// Theirs start at once. But a loop of theirs ends when all of them were there, so whoever keeps the cores
-// busy otherwise (a merge that reads and writes files) asks for ours, of which those that are free work.
+// the next. Threads of ours would share the cores with them; theirs start at once. But a loop of theirs ends
+// when all of them were there, so whoever keeps the cores busy otherwise (a merge that reads and writes
+// files) asks for ours, of which those that are free work.
 #pragma once
 #include <atomic>
 #include <cstdint>
