@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 
+from pykernels.adapters.conv1d import MODEL_TYPES, is_conv1d
 from pykernels.adapters.write import Made, check_out, write_adapter
 from pykernels.engine.files import Checkpoint, FileError, TensorInfo, open_checkpoint, resolve_model, shown
 from pykernels.engine.layers import natural
@@ -26,8 +27,6 @@ POSITIONS = (
     "position_embeddings.weight",
     "token_type_embeddings.weight",
 )
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose linear layers store [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class _Extraction:
         self._base = base.tensors
         self._tuned = tuned.tensors
         self._inputs = inputs
-        self._turned = model_type in CONV1D
+        self._type = model_type
         self._made = Made()
         self._errors: dict[str, float] = {}
         self._vectors: list[str] = []
@@ -106,7 +105,7 @@ class _Extraction:
     def _factor(self, name: str, shape: tuple[int, ...], delta: torch.Tensor, rank: int) -> None:
         module = name.removesuffix(".weight")
         embedding = len(shape) == 2 and any(f".{name}".endswith(f".{t}") for t in (*EMBEDDINGS, *POSITIONS))
-        turned = embedding or (self._turned and len(shape) == 2)
+        turned = embedding or (len(shape) == 2 and is_conv1d(self._type, module) is True)
         if not delta.isfinite().all():
             self._refuse(self._tuned[name], "differs from the base's by NaN or infinite elements")
         wanted = delta.t().contiguous() if turned else delta
@@ -145,7 +144,7 @@ class _Extraction:
         config = self._made.config(
             base_model_name_or_path=base,
             bias="lora_only" if biases else "none",
-            fan_in_fan_out=self._turned,
+            fan_in_fan_out=self._type in MODEL_TYPES,
             modules_to_save=saved or None,
         )
         nbytes = write_adapter(out, self._made, config, self._inputs)
