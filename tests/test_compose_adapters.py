@@ -262,6 +262,26 @@ def test_what_cannot_be_extracted_is_refused(home, tmp_path):
     assert "lacks tensor 'extra'" in refused(more)
 
 
+def test_quantised_models_are_not_extracted(tmp_path):
+    """Codes without their scales have no difference that means anything."""
+    for name, value in (("base", 1.0), ("tuned", 2.0)):
+        state = {"q.weight": torch.full((8, 8), value).to(torch.float8_e4m3fn)}
+        write_model(tmp_path / "codes" / name, state)
+        write_model(tmp_path / "said" / name, {"q.weight": torch.full((8, 8), value)})
+    (tmp_path / "said" / "tuned" / "config.json").write_text('{"quantization_config": {}}')
+    for folder, says in (("codes", "'q.weight': F8_E4M3 changed"), ("said", "a quantization_config;")):
+        with pytest.raises(ValueError, match=says):
+            extract(*(str(tmp_path / folder / n) for n in ("base", "tuned")), tmp_path / "out", rank=1)
+
+
+def test_differences_below_float32_are_seen(tmp_path):
+    wide = torch.ones(8, 8, dtype=torch.float64)
+    for name, value in (("base", 0.0), ("tuned", 1e-9)):
+        write_model(tmp_path / name, {"q.weight": wide + value})
+    made = extract(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out", rank=1)
+    assert made.errors["q.weight"] < 1e-6
+
+
 def test_a_config_is_read_as_strictly_as_a_merge_s(home, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(home / "base", base)

@@ -14,7 +14,15 @@ import torch
 
 from pykernels.adapters.conv1d import MODEL_TYPES, is_conv1d
 from pykernels.adapters.write import Made, check_out, write_adapter
-from pykernels.engine.files import Checkpoint, FileError, TensorInfo, open_checkpoint, resolve_model, shown
+from pykernels.engine.files import (
+    MERGEABLE,
+    Checkpoint,
+    FileError,
+    TensorInfo,
+    open_checkpoint,
+    resolve_model,
+    shown,
+)
 from pykernels.engine.layers import natural
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.matching import EMBEDDINGS
@@ -53,18 +61,25 @@ def extract(base: str, tuned: str, out: str | Path, *, rank: int, allow_download
     refused by name.
 
     Raises:
-        ValueError: a FileError naming the tensor; a config.json that is none; a rank below 1; models of
-            different tensors or shapes.
+        ValueError: a FileError naming the tensor, or a quantised model; a config.json that is none; a rank
+            below 1; models of different tensors or shapes.
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     paths = [resolve_model(name, allow_download=allow_download) for name in (base, tuned)]
     models = [open_checkpoint(path) for path in paths]
     check_out(Path(out), paths)
+    configs = [read_config(path) for path in paths]
+    for path, config in zip(paths, configs, strict=True):
+        if "quantization_config" in config:
+            raise FileError(
+                f"{shown(path, 300)}: its config has a quantization_config; adapters are differences of "
+                "float tensors, dequantise the models first"
+            )
     _check_same(models[0], models[1])
     inputs = Inputs({**models[0].files, **models[1].files})
     try:
-        found = _Extraction(models[0], models[1], inputs, str(read_config(paths[0]).get("model_type", "")))
+        found = _Extraction(models[0], models[1], inputs, str(configs[0].get("model_type", "")))
         for name in sorted(models[0].tensors, key=natural):
             found.take(name, rank)
         return found.write(Path(out), base)
@@ -90,8 +105,8 @@ class _Extraction:
             if one is None and self._differs(base, tuned):
                 self._refuse(base, "a scalar changed, which no adapter holds")
             return
-        for info, tensor in ((base, one), (tuned, other)):
-            if not tensor.dtype.is_floating_point:
+        for info in (base, tuned):
+            if info.dtype not in MERGEABLE:
                 self._refuse(info, f"{info.dtype} changed, which no adapter holds")
         if len(base.shape) == 1:
             self._vectors.append(name)
@@ -100,7 +115,8 @@ class _Extraction:
                 base, f"{list(base.shape)} changed, and only weights of modules have a low-rank form here"
             )
         else:
-            self._factor(name, base.shape, other.float() - one.float(), rank)
+            wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+            self._factor(name, base.shape, (other.to(wide) - one.to(wide)).float(), rank)
 
     def _factor(self, name: str, shape: tuple[int, ...], delta: torch.Tensor, rank: int) -> None:
         module = name.removesuffix(".weight")

@@ -55,12 +55,16 @@ class Layer:
         self.weight, self.fan_in_fan_out = weight.detach().clone(), fan_in_fan_out
         self.merged: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
 
-    def merge(self, change: torch.Tensor, magnitude: torch.Tensor | None) -> None:
-        """Adds one delta; with a magnitude, scales what is then there."""
+    def merge(self, change: torch.Tensor, magnitude: torch.Tensor | None, *, kept: bool) -> None:
+        """Adds one delta; with a magnitude, scales what is then there. ``kept``: another such follows."""
         base = None if magnitude is None else self._unmerged()
-        self._add(change, magnitude, base)
+        factor = self._add(change, magnitude, base)
+        if kept:
+            self.merged.append((change, magnitude, factor))
 
-    def _add(self, change: torch.Tensor, magnitude: torch.Tensor | None, base: torch.Tensor | None) -> None:
+    def _add(
+        self, change: torch.Tensor, magnitude: torch.Tensor | None, base: torch.Tensor | None
+    ) -> torch.Tensor | None:
         factor = None
         if magnitude is None or base is None:
             self.weight += change
@@ -69,7 +73,7 @@ class Layer:
             norm = torch.linalg.norm(total, dim=1).to(total.dtype)
             factor = self._turned((magnitude / norm).view(-1, 1))
             self.weight = (factor * (self.weight + change)).to(self.weight.dtype)
-        self.merged.append((change, magnitude, factor))
+        return factor
 
     def _unmerged(self) -> torch.Tensor:
         """The weight without what was merged, which is taken out, last first, and put back."""
@@ -81,11 +85,16 @@ class Layer:
                 self.weight = (self.weight / factor - change).to(self.weight.dtype)
         base = self.weight.clone()
         for change, magnitude, _ in before:
-            self._add(change, magnitude, base)
+            self.merged.append((change, magnitude, self._add(change, magnitude, base)))
         return base
 
     def _turned(self, x: torch.Tensor) -> torch.Tensor:
         return x.T if self.fan_in_fan_out else x
+
+
+def last_dora(magnitudes: Sequence[object | None]) -> int:
+    """The place of the last adapter with a magnitude, -1 without one: deltas before it are needed again."""
+    return max((i for i, m in enumerate(magnitudes) if m is not None), default=-1)
 
 
 def merge_as_peft(
@@ -100,12 +109,12 @@ def merge_as_peft(
     """Fills ``out`` with what ``merge`` of a PEFT layer leaves in the weight."""
     adapters = list(zip(A, B, scaling, magnitude, strict=True))
     with torch.no_grad():
-        if not any(m is not None for m in magnitude):
+        if last_dora(magnitude) < 0:
             out.copy_(weight)
             for a, b, s, _ in adapters:
                 _add(out, a, b, s, fan_in_fan_out)
             return
-        layer = Layer(weight, fan_in_fan_out)
-        for a, b, s, m in adapters:
-            layer.merge(delta(a, b, s, fan_in_fan_out), m)
+        layer, last = Layer(weight, fan_in_fan_out), last_dora(magnitude)
+        for i, (a, b, s, m) in enumerate(adapters):
+            layer.merge(delta(a, b, s, fan_in_fan_out), m, kept=i < last)
         out.copy_(layer.weight)
