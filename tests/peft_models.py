@@ -96,6 +96,7 @@ KINDS = {
             "alpha_pattern": {"^model.layers.0": 7, "down_proj": 1},
         },
     ),
+    "all linear but for some": Kind("llama", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
     "DoRA": Kind("llama", {**_LINEAR, "use_dora": True}),
     "embedding": Kind("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding, DoRA": Kind("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
