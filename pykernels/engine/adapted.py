@@ -166,7 +166,7 @@ class AdaptedTensors:
         if rounding == "peft":
             weight = weight.clone()
             for scaling, bias in added:
-                weight += bias.float() * scaling
+                weight += bias.to(_wide(weight.dtype)) * scaling
             return weight
         return sum((s * bias.double() for s, bias in added), weight.double()).to(weight.dtype)
 
