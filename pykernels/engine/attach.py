@@ -92,9 +92,7 @@ def _check_conflict(
     who = f"{shown(adapters[before[0].adapter].name)} and {shown(adapters[number].name)}"
     after = one.changes[name]
     copies = name in joined.copies, name in one.copies
-    apart = any(copies) and not (all(copies) and len(before) == len(after) == 1)
-    kinds = [{change.kind for change in changes} for changes in (before, after)]
-    if apart or any(ROWS in a and ADD in b for a, b in (kinds, kinds[::-1])):
+    if any(copies) and not (all(copies) and len(before) == len(after) == 1):
         raise FileError(
             f"{who}: tensor {shown(name)}: one replaces what the other changes; merge one of them"
         )
