@@ -365,6 +365,12 @@ def output(
             )
 
 
+def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors surely share no memory."""
+    start, at, first, second = a.data_ptr(), b.data_ptr(), memory.span(a), memory.span(b)
+    return not first or not second or start + first <= at or at + second <= start
+
+
 def aliases(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
     """Whether ``out`` is one of the inputs."""
     start = out.data_ptr()
