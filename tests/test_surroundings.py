@@ -149,3 +149,9 @@ def test_gradients_of_torch_func_are_refused_by_name(op, transform):
         transform(lambda x: OPS[op](x).sum())(X)
     constant = grad(lambda s: (s * OPS[op](X)).sum())(torch.tensor(1.0))  # nothing of ours to derive
     torch.testing.assert_close(constant, OPS[op](X).sum())
+
+
+def test_the_package_names_what_it_has():
+    assert set(pk.__all__) <= set(dir(pk)) and all(callable(getattr(pk, name)) for name in pk.__all__)
+    with pytest.raises(AttributeError, match="module 'pykernels' has no attribute 'slerp'"):
+        pk.slerp  # noqa: B018
