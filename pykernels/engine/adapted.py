@@ -88,7 +88,7 @@ class AdaptedTensors:
         found = []
         step = source.shape[1] if source.is_stack else source.rows
         for begin, stop in cut_at(first, end, step):
-            like = torch.empty(stop - begin, 0, dtype=torch.float64)
+            like = torch.empty(stop - begin, 0, dtype=torch.float64, device="cpu")
             if source.whole and not source.is_stack:
                 lora = _oriented(self._lora(change, like.dtype), change.transposed)
                 lora = lora._replace(B=lora.B[change.offset :][begin:stop])

@@ -206,8 +206,8 @@ class Compute:
 
     def _widened(self, place: int, chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         while len(self._wide) <= place:
-            self._wide.append(torch.empty(0, dtype=torch.uint8))
+            self._wide.append(torch.empty(0, dtype=torch.uint8, device="cpu"))
         need = chunk.numel() * dtype.itemsize
         if self._wide[place].numel() < need:
-            self._wide[place] = torch.empty(need, dtype=torch.uint8)
+            self._wide[place] = torch.empty(need, dtype=torch.uint8, device="cpu")
         return self._wide[place][:need].view(dtype).copy_(chunk)

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from pykernels.uncast import uncast
+
 HALVES = (torch.float16, torch.bfloat16)
 _PIECE = 1 << 17
 """Elements that are scaled, rounded and added at a time."""
 
 
+@uncast
 def delta(A: torch.Tensor, B: torch.Tensor, scaling: float, fan_in_fan_out: bool) -> torch.Tensor:
     """scaling * B @ A as PEFT computes and rounds it, [out, in] or transposed."""
     return _scaled(_product(A, B, fan_in_fan_out), scaling, B)
@@ -103,6 +106,7 @@ def last_dora(magnitudes: Sequence[object | None]) -> int:
     return max((i for i, m in enumerate(magnitudes) if m is not None), default=-1)
 
 
+@uncast
 def merge_as_peft(
     out: torch.Tensor,
     weight: torch.Tensor,
