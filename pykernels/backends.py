@@ -244,13 +244,14 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
 
 
 def everyday(op: str) -> Callable[..., torch.Tensor | None]:
-    """The compiled call (x, dim, out) of softmax or log_softmax without options.
+    """The compiled call (x, dim, out) of softmax or log_softmax without options, or (x, dim, keepdim) of
+    logsumexp.
 
     It asks the tensors what it must know by itself, and returns None, with nothing done, where a question is
     open or a backend forced: what checks everything takes longer than a small softmax.
     """
     if missing("cpu"):
-        return lambda x, dim, out: None
+        return lambda *_: None
     run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(
         op, _forced
     )

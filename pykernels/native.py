@@ -28,6 +28,25 @@ _WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, for
 Tensors = Sequence[torch.Tensor]
 
 
+def take_shortcuts() -> bool:
+    """Ask torch's library directly what calls must know of tensors, where its answers are seen to be right.
+
+    Whether memory lies behind a tensor takes a few nanoseconds then; False: Python goes on to be asked.
+    """
+    plain, learned = torch.zeros(8, device="cpu"), torch.nn.Parameter(torch.zeros(3, device="cpu"))
+    freed = plain.clone()
+    freed.untyped_storage().resize_(0)
+    some = [plain, plain[2:6], plain.bfloat16(), freed, torch._neg_view(plain), learned, learned * 2]
+    trials = []
+    for t in some:
+        lies = t.untyped_storage().nbytes(), int(t.storage_offset())
+        trials.append((t, t._cdata, *lies, t.is_neg(), t.requires_grad))
+    return _C.take_shortcuts(torch._C.__file__, torch.Tensor, trials)
+
+
+take_shortcuts()
+
+
 @contextmanager
 def use_threads(count: int | None) -> Iterator[None]:
     """Run kernels with ``count`` threads inside the block; None follows ``torch.get_num_threads()``."""
@@ -280,7 +299,8 @@ def _softmax(
 
 
 def everyday(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor | None]:
-    """The call (x, dim, out) of softmax or log_softmax that leaves what it does not take, returning None.
+    """The call (x, dim, out) of softmax or log_softmax, or (x, dim, keepdim) of logsumexp, that leaves what
+    it does not take, returning None.
 
     It reads tensors by DLPack's exchange protocol, which answers in nanoseconds what attributes answer in a
     microsecond. A torch that does not speak it (older than 2.10) has all its calls left.
@@ -288,7 +308,13 @@ def everyday(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Ten
     # What the public function calls; the way through Python takes as long as all other questions together.
     written = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
     _C.lend_tensors(torch.Tensor, forced, torch.empty_like, written, threads, _WATCHES)
-    return {"softmax": _C.softmax_rows, "log_softmax": _C.log_softmax_rows}[op]
+    calls: dict[str, Callable[..., torch.Tensor | None]]
+    calls = {
+        "softmax": _C.softmax_rows,
+        "log_softmax": _C.log_softmax_rows,
+        "logsumexp": _C.logsumexp_rows,
+    }
+    return calls[op]
 
 
 def everyday_layers(
