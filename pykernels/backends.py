@@ -252,9 +252,7 @@ def everyday(op: str) -> Callable[..., torch.Tensor | None]:
     """
     if missing("cpu"):
         return lambda *_: None
-    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(
-        op, _forced
-    )
+    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.everyday").rows(op, _forced)
     return run
 
 
@@ -267,7 +265,7 @@ def everyday_layers(
     if missing("cpu"):
         return (lambda *_: None), (lambda *_: None)
     found: tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]
-    found = importlib.import_module("pykernels.native").everyday_layers(_forced, adapter)
+    found = importlib.import_module("pykernels.everyday").layers(_forced, adapter)
     return found
 
 

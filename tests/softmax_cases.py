@@ -41,11 +41,11 @@ SPECIAL: dict[str, list[float]] = {
 
 def without_shortcuts() -> Iterator[None]:
     """For a fixture: Python is asked what tensors are, as where torch's library does not say."""
-    from pykernels import native
+    from pykernels import everyday
 
-    assert not native._C.take_shortcuts(torch._C.__file__, torch.Tensor, [])
+    assert not everyday._C.take_shortcuts(torch._C.__file__, torch.Tensor, [])
     yield
-    native.take_shortcuts()
+    everyday.take_shortcuts()
 
 
 def drawn(kind: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

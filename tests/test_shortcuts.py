@@ -15,7 +15,7 @@ from tests.cases import DTYPES, SHORT
 from tests.softmax_cases import drawn, without_shortcuts
 from tests.test_memory import CALLS, freed, freed_view, shrunk
 
-native = pytest.importorskip("pykernels.native", exc_type=ImportError)
+everyday = pytest.importorskip("pykernels.everyday", exc_type=ImportError)
 LENDS = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 pytestmark = pytest.mark.skipif(not LENDS, reason="this torch does not speak DLPack's exchange protocol")
 chosen_freely = pytest.mark.skipif(backends._forced.get() is not None, reason="a backend is forced")
@@ -31,17 +31,17 @@ def untaken():
 @pytest.fixture
 def trial(monkeypatch):
     """Runs the trials after a change to their list; whether shortcuts were taken."""
-    take = native._C.take_shortcuts
+    take = everyday._C.take_shortcuts
 
     def run(change):
         monkeypatch.setattr(
-            native._C, "take_shortcuts", lambda file, kind, some: take(file, kind, change(some))
+            everyday._C, "take_shortcuts", lambda file, kind, some: take(file, kind, change(some))
         )
-        return native.take_shortcuts()
+        return everyday.take_shortcuts()
 
     yield run
     monkeypatch.undo()
-    assert native.take_shortcuts()
+    assert everyday.take_shortcuts()
 
 
 @pytest.mark.parametrize("which", range(7))
@@ -71,7 +71,7 @@ def test_a_library_that_is_not_loaded(tmp_path):
         assert not _C.take_shortcuts(file, torch.Tensor, [(torch.zeros(1), 0, 4, 0, False, False)])
     with pytest.raises(TypeError, match="takes 3 arguments, got 1"):
         _C.take_shortcuts("torch.so")
-    assert native.take_shortcuts()
+    assert everyday.take_shortcuts()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_logsumexp_takes_rows(dtype, shape, keepdim):
     with pk.use_backend("cpu"):  # asks the long way
         wanted = pk.logsumexp(x, keepdim=keepdim)
     for dim in (-1, len(shape) - 1):
-        got = native._C.logsumexp_rows(x, dim, keepdim)
+        got = everyday._C.logsumexp_rows(x, dim, keepdim)
         assert got.shape == wanted.shape and got.dtype == dtype
         assert_same_bits(got, wanted)
         assert_same_bits(pk.logsumexp(x, dim, keepdim=keepdim), wanted)
@@ -147,9 +147,9 @@ def test_logsumexp_takes_rows(dtype, shape, keepdim):
 
 @chosen_freely
 def test_logsumexp_leaves_the_rest(untaken):
-    x, rows = torch.randn(2, 3), native._C.logsumexp_rows
+    x, rows = torch.randn(2, 3), everyday._C.logsumexp_rows
     assert rows(x, -1, False) is None
-    assert native.take_shortcuts()
+    assert everyday.take_shortcuts()
     assert rows(x, -1, False) is not None
     learned, deep = x.clone().requires_grad_(), torch.randn((1,) * 8 + (3,))
     for given in (
