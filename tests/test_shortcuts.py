@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,14 +111,20 @@ def test_new_results(dtype, shape):
         assert pk.softmax(x).is_inference()
 
 
+def held():
+    """KiB of memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+
+
 @chosen_freely
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc tells what a process holds")
 def test_results_are_given_back():
     x = torch.randn(60_000)
     pk.softmax(x)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = held()
     for _ in range(1500):
         pk.softmax(x), pk.logsumexp(x)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # of 360,000 KiB
+    assert held() - before < 100_000  # of 350,000
 
 
 def test_an_output_of_inference_mode():
