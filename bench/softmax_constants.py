@@ -45,6 +45,8 @@ VARIABLES = (
     "kNear",
 )
 """The constants that can vary at run time; of the others tables have their sizes."""
+DRIVERS = ("softmax", "process", "parallel")
+"""Files of ``csrc/drive`` that serve; in place of ``isa`` stands ``softmax_constants.cpp``."""
 NEVER = 1 << 62
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MILLION, TENSOR = 1 << 20, 1 << 24
@@ -108,8 +110,8 @@ def compiled(isa: str) -> Any:
         source = Path(folder) / "csrc"
         shutil.copytree(report.checkout() / "csrc", source)
         loosen(source / "cpu" / "softmax_jobs.h")
-        files = [*sorted((source / "cpu").glob("softmax_*.cpp")), source / "drive" / "softmax.cpp"]
-        files += [source / "drive" / "process.cpp", Path(__file__).with_suffix(".cpp")]
+        files = [*sorted((source / "cpu").glob("softmax_*.cpp")), Path(__file__).with_suffix(".cpp")]
+        files += [source / "drive" / f"{name}.cpp" for name in DRIVERS]
         command = [compiler, "-O3", "-ffp-contract=off", "-std=c++17", "-fPIC", "-pthread", f"-DPK_ISA={isa}"]
         command += [*FLAGS[isa].split(), f"-I{source}"]
 

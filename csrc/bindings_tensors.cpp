@@ -2,6 +2,7 @@
 // Knows Python and not pybind11; torch only as objects that it was handed.
 #include "bindings_tensors.h"
 
+#include <algorithm>
 #include <new>
 
 #include "drive/softmax.h"
@@ -40,7 +41,8 @@ struct Rows {
     }
     dtype = exchange::dtype_of(at);
     const int64_t count = exchange::contiguous_elements(at);
-    if (at.device_type != exchange::kCpu || dtype < 0 || at.ndim < 1 || count < 1 || !at.data) return;
+    if (at.device_type != exchange::kCpu || dtype < 0 || count < 1 || !at.data) return;
+    if (at.ndim < 1 && !fresh) return;
     if (fresh || lent.has_memory(object, at)) elements = count;
   }
 };
@@ -129,6 +131,27 @@ PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return PyBool_FromLong(lent.take(given[0], given[1], given[4], given[5]));
 }
 
+/// take_shortcuts(library, type, trials): whether torch's library is asked from now on where Python was.
+PyObject* take_shortcuts(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "take_shortcuts: takes 3 arguments, got %zd", count);
+  const bool taken = shortcuts.take(given[0], exchange::of_type(given[1]), given[2]);
+  PyErr_Clear();
+  return PyBool_FromLong(taken);
+}
+
+/// A new tensor as x is.
+PyObject* like(PyObject* object, const Rows& x) {
+  PyObject* const made = shortcuts ? shortcuts.empty_like(x.at) : nullptr;
+  return made ? made : PyObject_CallOneArg(lent.empty_like, object);
+}
+
+/// Counts a change of a tensor; false with an error set.
+bool written(PyObject* tensor) {
+  if (shortcuts && shortcuts.written(tensor)) return true;
+  const Held changed(PyTuple_Pack(1, tensor));
+  return changed.object && Held(PyObject_CallOneArg(lent.written, changed.object)).object;
+}
+
 /// The result over the last dimension of x; None, and nothing done, where a question is open.
 PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   if (!lent.chosen_freely()) Py_RETURN_NONE;
@@ -136,23 +159,42 @@ PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   const bool fresh = given == Py_None;
   if (!x.elements || !last_dimension(dim, x.at.ndim) || (fresh && x.elements >= kPages)) Py_RETURN_NONE;
   if (!lent.wants_no_gradient(object) || !lent.holds_values(object)) Py_RETURN_NONE;
-  const Held out(fresh ? PyObject_CallOneArg(lent.empty_like, object) : Py_NewRef(given));
+  const Held out(fresh ? like(object, x) : Py_NewRef(given));
   if (!out.object) return nullptr;
   const Rows y(out.object, fresh);
   if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
   if (!fresh) {
     if (given != object && !(lent.wants_no_gradient(given) && lent.holds_values(given))) Py_RETURN_NONE;
-    const Held changed(PyTuple_Pack(1, given));
-    if (!changed.object || !Held(PyObject_CallOneArg(lent.written, changed.object)).object) return nullptr;
+    if (!written(given)) return nullptr;
   }
   return run(kind, y, x) ? Py_NewRef(out.object) : nullptr;
 }
 
-/// softmax_rows(x, dim, out) and log_softmax_rows.
+/// log(sum(e^x)) over the last dimension of x, as above.
+PyObject* log_sums(PyObject* object, PyObject* dim, PyObject* keepdim) {
+  if (!shortcuts || !lent.chosen_freely() || !PyBool_Check(keepdim)) Py_RETURN_NONE;
+  const Rows x(object);
+  if (!x.elements || x.at.ndim > Shortcuts::kDimensions || !last_dimension(dim, x.at.ndim)) Py_RETURN_NONE;
+  if (!lent.wants_no_gradient(object) || !lent.holds_values(object)) Py_RETURN_NONE;
+  int64_t shape[Shortcuts::kDimensions];
+  std::copy_n(x.at.shape, x.at.ndim, shape);
+  shape[x.at.ndim - 1] = 1;
+  exchange::Tensor reduced = x.at;
+  reduced.shape = shape;
+  if (keepdim == Py_False) reduced.ndim--;
+  const Held out(shortcuts.empty_like(reduced));
+  if (!out.object) Py_RETURN_NONE;
+  const Rows y(out.object, true);
+  if (!y.elements) Py_RETURN_NONE;
+  return run(cpu::kLogSumExp, y, x) ? Py_NewRef(out.object) : nullptr;
+}
+
+/// softmax_rows(x, dim, out), log_softmax_rows and logsumexp_rows(x, dim, keepdim).
 template <int kind>
 PyObject* rows(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != 3) return PyErr_Format(PyExc_TypeError, "takes x, dim and out, got %zd arguments", count);
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "takes 3 arguments, got %zd", count);
   try {
+    if (kind == cpu::kLogSumExp) return log_sums(given[0], given[1], given[2]);
     return result(kind, given[0], given[1], given[2]);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
@@ -162,8 +204,10 @@ PyObject* rows(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyMethodDef methods[] = {{"lend_tensors", as_method(lend_tensors), METH_FASTCALL, nullptr},
                          {"know_tensors", as_method(know_tensors), METH_FASTCALL, nullptr},
                          {"have_memory", as_method(have_memory), METH_FASTCALL, nullptr},
+                         {"take_shortcuts", as_method(take_shortcuts), METH_FASTCALL, nullptr},
                          {"softmax_rows", as_method(rows<cpu::kSoftmax>), METH_FASTCALL, nullptr},
                          {"log_softmax_rows", as_method(rows<cpu::kLogSoftmax>), METH_FASTCALL, nullptr},
+                         {"logsumexp_rows", as_method(rows<cpu::kLogSumExp>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

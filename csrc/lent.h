@@ -27,11 +27,15 @@ struct Lent {
   /// Whether the context leaves the choice of a backend to us, and nobody waits for an operator.
   bool chosen_freely() const { return api && holds_none(forced) && watches.none(); }
   /// Whether memory holds the values themselves. A negated view is the one thing that the protocol hides.
-  bool holds_values(PyObject* tensor) const { return says_no(is_neg.of(tensor)); }
+  bool holds_values(PyObject* tensor) const {
+    return shortcuts ? !shortcuts.is_neg(tensor) : says_no(is_neg.of(tensor));
+  }
   bool has_memory(PyObject* tensor, const exchange::Tensor& at) const {
     return storages.hold(tensor, exchange::bytes_of(at), at.bits / 8);
   }
-  bool wants_no_gradient(PyObject* tensor) const { return says_no(PyObject_GetAttr(tensor, requires_grad)); }
+  bool wants_no_gradient(PyObject* tensor) const {
+    return shortcuts ? !shortcuts.requires_grad(tensor) : says_no(PyObject_GetAttr(tensor, requires_grad));
+  }
 };
 
 }  // namespace pk

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "shortcuts.h"
+
 namespace pk {
 
 /// A reference that is given back.
@@ -48,15 +50,19 @@ class Watches {
     level_ = PyUnicode_InternFromString("_current_level");
   }
   bool none() const {
-    const Held modes(PyObject_CallNoArgs(modes_)), trace(PyObject_CallNoArgs(trace_));
     const Held level(PyObject_GetAttr(forward_, level_));
-    const bool none = modes.object && PyLong_AsLong(modes.object) == 0 && trace.object == Py_None &&
-                      level.object && PyLong_AsLong(level.object) < 0;
+    const bool none = (shortcuts ? shortcuts.unfollowed() : unfollowed()) && level.object &&
+                      PyLong_AsLong(level.object) < 0;
     if (!none) PyErr_Clear();
     return none;
   }
 
  private:
+  bool unfollowed() const {
+    const Held modes(PyObject_CallNoArgs(modes_)), trace(PyObject_CallNoArgs(trace_));
+    return modes.object && PyLong_AsLong(modes.object) == 0 && trace.object == Py_None;
+  }
+
   PyObject *modes_ = nullptr, *trace_ = nullptr, *forward_ = nullptr, *level_ = nullptr;
 };
 
@@ -82,6 +88,7 @@ class Storages {
   }
   /// `bytes` from the first element of the tensor on, which are `size` each.
   bool hold(PyObject* tensor, int64_t bytes, int size) const {
+    if (shortcuts) return shortcuts.hold(tensor, bytes, size);
     const Held storage(storage_.of(tensor)), offset(offset_.of(tensor));
     const Py_ssize_t whole = storage.object ? PyObject_Size(storage.object) : -1;
     const int64_t start = offset.object ? PyLong_AsLongLong(offset.object) : -1;

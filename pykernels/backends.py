@@ -244,16 +244,15 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
 
 
 def everyday(op: str) -> Callable[..., torch.Tensor | None]:
-    """The compiled call (x, dim, out) of softmax or log_softmax without options.
+    """The compiled call (x, dim, out) of softmax or log_softmax without options, or (x, dim, keepdim) of
+    logsumexp.
 
     It asks the tensors what it must know by itself, and returns None, with nothing done, where a question is
     open or a backend forced: what checks everything takes longer than a small softmax.
     """
     if missing("cpu"):
-        return lambda x, dim, out: None
-    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.native").everyday(
-        op, _forced
-    )
+        return lambda *_: None
+    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.everyday").rows(op, _forced)
     return run
 
 
@@ -266,7 +265,7 @@ def everyday_layers(
     if missing("cpu"):
         return (lambda *_: None), (lambda *_: None)
     found: tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]
-    found = importlib.import_module("pykernels.native").everyday_layers(_forced, adapter)
+    found = importlib.import_module("pykernels.everyday").layers(_forced, adapter)
     return found
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch.autograd import forward_ad
 
 from pykernels import _C
 from pykernels.cut import Cut
@@ -22,9 +21,6 @@ if multiprocessing.parent_process() is not None and multiprocessing.get_start_me
     _C.forget_team()  # the parent may have used torch's threads, and they did not come along
 
 _threads: ContextVar[int | None] = ContextVar("pykernels_threads", default=None)
-_WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, forward_ad)
-"""What everyday calls ask in place of ``memory.watched``: a transform's tensors have no memory to lend."""
-
 Tensors = Sequence[torch.Tensor]
 
 
@@ -277,29 +273,6 @@ def _softmax(
         safe,
         threads(),
     )
-
-
-def everyday(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor | None]:
-    """The call (x, dim, out) of softmax or log_softmax that leaves what it does not take, returning None.
-
-    It reads tensors by DLPack's exchange protocol, which answers in nanoseconds what attributes answer in a
-    microsecond. A torch that does not speak it (older than 2.10) has all its calls left.
-    """
-    # What the public function calls; the way through Python takes as long as all other questions together.
-    written = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-    _C.lend_tensors(torch.Tensor, forced, torch.empty_like, written, threads, _WATCHES)
-    return {"softmax": _C.softmax_rows, "log_softmax": _C.log_softmax_rows}[op]
-
-
-def everyday_layers(
-    forced: ContextVar[str | None], adapter: type
-) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
-    """The calls (x, weight, A, B, scaling, bias, column_scale) and (x, weight, adapters, index, bias) of that
-    kind.
-    """
-    types, asked = (torch.Tensor, torch.nn.Parameter, adapter), (forced, torch.is_grad_enabled, threads)
-    _C.lend_layers(*types, *asked, FLOAT_ROWS, _WATCHES)
-    return _C.lora_layer, _C.lora_layers
 
 
 def softmax(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -36,6 +37,15 @@ SPECIAL: dict[str, list[float]] = {
     "signed zeros": [0.0, -0.0],
 }
 """By name; what they must give is what torch gives."""
+
+
+def without_shortcuts() -> Iterator[None]:
+    """For a fixture: Python is asked what tensors are, as where torch's library does not say."""
+    from pykernels import everyday
+
+    assert not everyday._C.take_shortcuts(torch._C.__file__, torch.Tensor, [])
+    yield
+    everyday.take_shortcuts()
 
 
 def drawn(kind: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -43,6 +43,7 @@ FLOORS = (
     ("products",),
     (
         "native",
+        "everyday",
         "merge_lora_cpu",
         "merge_lora_cuda",
         "merge_in_order_cuda",

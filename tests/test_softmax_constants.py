@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_every_variable_is_a_constant_of_the_header(tmp_path):
     assert "static_assert" not in text
     with pytest.raises(ValueError, match=f"one constant {constants.VARIABLES[0]}, has 0"):
         constants.loosen(copy)
+
+
+def test_all_that_the_driver_needs_is_compiled():
+    drive = HEADER.parent.parent / "drive"
+    for name in constants.DRIVERS:
+        text = "".join((drive / f"{name}.{kind}").read_text() for kind in ("h", "cpp"))
+        needed = {
+            other for other in re.findall(r'#include "(\w+)\.h"', text) if (drive / f"{other}.cpp").exists()
+        }
+        assert needed - {"isa"} <= set(constants.DRIVERS)
 
 
 def test_values_take_turns():

@@ -13,7 +13,7 @@ import pykernels as pk
 from pykernels import backends
 from tests.bounds import assert_same_bits
 from tests.cases import DTYPES, SHORT
-from tests.softmax_cases import drawn
+from tests.softmax_cases import drawn, without_shortcuts
 
 native = pytest.importorskip("pykernels.native", exc_type=ImportError)
 TORCH = {"softmax": torch.softmax, "log_softmax": torch.log_softmax}
@@ -22,6 +22,12 @@ pytestmark = [
     pytest.mark.skipif(not LENDS, reason="this torch does not speak DLPack's exchange protocol"),
     pytest.mark.skipif(backends._forced.get() is not None, reason="the environment has chosen a backend"),
 ]
+
+
+@pytest.fixture(params=["library", "Python"], autouse=True)
+def asked(request):
+    """Who says what tensors are: torch's library by the shortcuts, or methods of Python."""
+    yield from [None] if request.param == "library" else without_shortcuts()
 
 
 class Subclass(torch.Tensor):
@@ -166,6 +172,6 @@ def test_keeps_no_reference(everyday):
 def test_wrong_counts_of_arguments():
     from pykernels import _C
 
-    for function in (_C.softmax_rows, _C.log_softmax_rows, _C.lend_tensors):
+    for function in (_C.softmax_rows, _C.log_softmax_rows, _C.logsumexp_rows, _C.lend_tensors):
         with pytest.raises(TypeError, match="arguments"):
             function(1)

@@ -101,6 +101,16 @@ def test_the_exponent_rises_between_blocks(name, n, isa):
         assert_same_bits(run(turned.expand(9, n).contiguous())[4], wanted.contiguous())
 
 
+@pytest.mark.parametrize("at", [0, 7, 8, 16, 31, BLOCK - 1])
+def test_the_largest_of_the_block_behind_is_found(at, isa):
+    """In any lane: unseen, it would be infinite in units of the blocks before."""
+    x = drawn("3 randn", (4 * BLOCK,), 3)
+    x[BLOCK + at], x[3 * BLOCK + at] = 200.0, 400.0
+    assert units(run(x.unsqueeze(0))[0], torch.softmax(x.double(), 0)).max() <= 4
+    x[BLOCK] = math.nan
+    assert run(x.unsqueeze(0)).isnan().all()
+
+
 @pytest.mark.parametrize("value", [math.nan, INF, 3e6, 1e6])
 def test_a_rare_row_in_place_is_read_again(value, isa):
     """The last block says that the others were in vain, when their exponentials stand somewhere."""

@@ -52,7 +52,8 @@ WITHOUT_TENSORS = {"advise_huge", "forget_team", "ideal", "isa", "isas", "own_th
 """Functions that touch no tensor of a kernel test (``ideal``, the benchmarks' control, needs lines of 64)."""
 
 ELSEWHERE = {
-    *("know_tensors", "have_memory", "lend_tensors", "softmax_rows", "log_softmax_rows"),
+    *("know_tensors", "have_memory", "lend_tensors", "take_shortcuts"),
+    *("softmax_rows", "log_softmax_rows", "logsumexp_rows"),
     *("product", "shrink", "reduce", "lend_layers", "lora_layer", "lora_layers"),
 }
 """Functions that take tensors in another form, or none of their elements: softmax's kernels are reached by

@@ -3,7 +3,8 @@
 // written and read once more.
 //
 // The exponent is raised lazily, as in softmax_split.cpp, but by whole blocks: the largest element of a block
-// is found while the first cache holds the block, and the next block is fetched meanwhile.
+// is found while the exponentials of the block before it are computed, as one waits for memory and the other
+// for arithmetic; what comes after is fetched meanwhile.
 #include "softmax_load.h"
 
 namespace pk::cpu::PK_ISA {
@@ -44,6 +45,24 @@ struct BlockSum {
   }
 };
 
+constexpr int64_t kBlockBytes = kBlock * int64_t(sizeof(float));
+
+/// The exponentials of a whole block to `to`, and their sum, as `exponentials` gives it; in `following` the
+/// largest element of the block behind it.
+double store_block(const float* x, float* to, Reference at, float& following) {
+  const Stripe magic = Stripe::of(at.magic), low = Stripe::of(at.low);
+  F most = F::of(kMinusInfinity);
+  const Stripe lanes = sum_of_block(x, kBlock, [&](const Stripe& s, int64_t i, int) PK_ALWAYS {
+    fetch(reinterpret_cast<const char*>(x + i) + 2 * kBlockBytes, kStripe * int64_t(sizeof(float)));
+    const Stripe w = lifted_exp<6>(s, magic, low);
+    put_stripe<float>(to + i, w);
+    for (const Pair& p : load_stripe(x + kBlock + i).p) most = larger(p.b, larger(p.a, most));
+    return w;
+  });
+  following = largest_lane(most);
+  return tree<float>(lanes);
+}
+
 }  // namespace
 
 Regime softmax_regime() {
@@ -62,14 +81,19 @@ RowSum softmax_store(const Softmax& job, int64_t row, int64_t begin, int64_t end
   const float* x = static_cast<const float*>(job.x) + row * job.n;
   alignas(64) float z[kBlock + kSlack];
   BlockSum blocks;
+  float most = 0;
+  bool found = false;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
     if (!direct) load_row(job, row, i, count, shift, z);
     const float* from = direct ? x + i : z;
-    if (!blocks.admit(largest(from, count))) break;
+    if (!blocks.admit(found ? most : largest(from, count))) break;
     exponents[i / kBlock] = blocks.sum.exponent;
-    blocks.sum.total += exponentials<float, 6, true>(from, w + i, count, reference(blocks.sum.exponent),
-                                                     direct ? kBlock * int64_t(sizeof(float)) : 0);
+    const Reference at = reference(blocks.sum.exponent);
+    found = direct && end - i >= 2 * kBlock;
+    blocks.sum.total += found
+                            ? store_block(from, w + i, at, most)
+                            : exponentials<float, 6, true>(from, w + i, count, at, direct ? kBlockBytes : 0);
   }
   return blocks.sum;
 }

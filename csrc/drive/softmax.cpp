@@ -54,6 +54,16 @@ void over_pieces(int64_t n, int threads, Work&& work) {
                   [&](int64_t c, int) { work(c, c * kSplit, std::min(n, (c + 1) * kSplit)); });
 }
 
+/// The same without the piece's number, the last pieces first: those a cache still has from the pass before.
+template <class Work>
+void back_over_pieces(int64_t n, int threads, Work&& work) {
+  const int64_t last = ceil_divide(n, kSplit) - 1;
+  over_pieces(n, threads, [&](int64_t c, int64_t, int64_t) {
+    const int64_t begin = (last - c) * kSplit;
+    work(begin, std::min(n, begin + kSplit));
+  });
+}
+
 class LongRow {
  public:
   /// `stored`: where the row's exponentials are kept; null where they are computed twice.
@@ -67,7 +77,7 @@ class LongRow {
     add_up();
     const Answer answer = needs_maximum() ? from_maximum() : conclude();
     if (job_.kind == cpu::kLogSumExp) return kernels().softmax_write(job_, row_, 0, 0, shift_, answer);
-    over_pieces(job_.n, threads_, [&](int64_t, int64_t begin, int64_t end) {
+    back_over_pieces(job_.n, threads_, [&](int64_t begin, int64_t end) {
       if (stored_)
         kernels().softmax_scale(job_, row_, begin, end, stored_, exponents_.data(), answer);
       else
@@ -219,7 +229,7 @@ void softmax_backward(const SoftmaxBackward& given, int threads) {
     });
     double total = 0;
     for (double s : sums) total += s;
-    over_pieces(job.n, some, [&](int64_t, int64_t begin, int64_t end) {
+    back_over_pieces(job.n, some, [&](int64_t begin, int64_t end) {
       kernels().softmax_backward_write(job, row, begin, end, float(total));
     });
   };

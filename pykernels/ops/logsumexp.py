@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from pykernels import backends, check, library
 from pykernels.ops.softmax_pass import working
 
 OP = "logsumexp"
+_everyday = backends.everyday(OP)
 
 
 def logsumexp(
@@ -40,6 +42,10 @@ def logsumexp(
         ValueError, TypeError, IndexError, NotImplementedError (sparse x): an argument breaks a rule above;
         the text names it and its value.
     """
+    if type(temperature) is float and temperature == 1.0 and not is_dynamo_compiling():
+        done = _everyday(x, dim, keepdim)
+        if done is not None:
+            return done
     dims = [dim] if isinstance(dim, int) else dim
     if library.needed(x):
         _examine(x, dims, keepdim, temperature)
