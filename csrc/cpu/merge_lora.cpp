@@ -135,8 +135,8 @@ PK_APART void careful_tile(const MergeLora& job, const float* left, const float*
 }
 
 /// The full panels of a strip from bfloat16 to bfloat16 that nothing scales; the first column behind them.
-/// On Zen 3 a tile takes the time of its multiplications and half a cycle for every step of its rounding, and
-/// every store of a register keeps both multipliers waiting: hence few steps, and no sum leaves its register.
+/// On Zen 3 the steps of rounding take time of their own beside the multiplications, and every store of a
+/// register keeps both multipliers waiting: hence few steps, and no sum leaves its register.
 PK_APART int64_t hasty_strip(const MergeLora& job, const float* left, int64_t first, int64_t last, Place& p) {
   const float* panel = job.panels + first * job.rank;
   for (; last - first >= kPanel;
