@@ -165,6 +165,24 @@ def test_special_values(dtype, isa):
     assert bool(compiled(w * 0, [zero._replace(A=torch.ones(2, 20))], False).isnan().any())
 
 
+@pytest.mark.parametrize("kind", ["midway", "nan", "infinite"])
+def test_one_element_of_a_tile_is_rounded_with_care(kind, isa):
+    """The t-th tile of 6 x 16 holds one at its t-th place: a sum midway between two numbers, or no number."""
+    t = torch.arange(96)
+    places = t // 16, t * 16 + t % 16
+    w, delta = weight(6, 96 * 16, torch.bfloat16), random(6, 96 * 16, seed=3, size=0.002)
+    sign = 1.0 - 2 * (t % 2)
+    w[places] = {
+        "midway": (sign * (1 + (t // 2 + 40 * (t % 2)) / 128)).bfloat16(),
+        "nan": torch.full((96,), 0xFFC1 - 2**16, dtype=torch.int16).view(torch.bfloat16),
+        "infinite": (sign * 3e38).bfloat16(),
+    }[kind]
+    delta[places] = {"midway": 2.0**-8, "nan": 1.0, "infinite": 3e38}[kind] * sign
+    want = (w.float() + delta).bfloat16()
+    want.view(torch.int16)[want.isnan()] = 0x7FC0
+    assert_same_bits(compiled(w, [LoRA(delta, torch.eye(6), 1.0)], False), want)
+
+
 def test_empty_weights():
     for shape in ((0, 4), (4, 0)):
         w = torch.empty(shape)

@@ -26,7 +26,7 @@ struct MergeLora {
   const float* column_scale;  // as pack_panels leaves a right side of one row; null: 1
 };
 
-constexpr int64_t kLoraRows = 96;        // rows that a thread takes at a time: a multiple of every tile's
+constexpr int64_t kLoraRows = 48;        // rows that a thread takes at a time: a multiple of every tile's
 constexpr int64_t kSquareRows = 48;      // the same where squares are summed, and what a column's sums add up
 constexpr int64_t kPanelFloats = 49152;  // of right, that stay in the second-level cache
 constexpr int64_t kSquareColumns = 512;  // of a block whose squares are summed

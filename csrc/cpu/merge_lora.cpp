@@ -129,10 +129,45 @@ PK_APART void ragged_tile(const MergeLora& job, int64_t row, const float* left, 
            reinterpret_cast<const char*>(out) + i * kPanel * size, size_t(width * size));
 }
 
+#if defined(PK_AVX2)
+PK_APART void careful_tile(const MergeLora& job, const float* left, const float* panel, const Place& p) {
+  tile<bf16, kTileRows>(job, 0, left, panel, nullptr, p);
+}
+
+/// The full panels of a strip from bfloat16 to bfloat16 that nothing scales; the first column behind them.
+/// On Zen 3 the steps of rounding take time of their own beside the multiplications, and every store of a
+/// register keeps both multipliers waiting: hence few steps, and no sum leaves its register.
+PK_APART int64_t hasty_strip(const MergeLora& job, const float* left, int64_t first, int64_t last, Place& p) {
+  const float* panel = job.panels + first * job.rank;
+  for (; last - first >= kPanel;
+       first += kPanel, panel += kPanel * job.rank, p.at += kPanel, p.to += kPanel) {
+    const bf16* weight = static_cast<const bf16*>(p.weight) + p.at;
+    bf16* out = static_cast<bf16*>(p.out) + p.to;
+    F sum[kTileRows][2];
+    multiply<kTileRows>(job.rank, left, panel, sum);
+    Hasty rounding;
+    __m256i y[kTileRows];
+    for (int i = 0; i < kTileRows; i++) {
+      const Pair w = load(weight + i * p.step);
+      y[i] = rounding.narrow({w.a + sum[i][0], w.b + sum[i][1]});
+    }
+    if (__builtin_expect(rounding.failed(), 0))
+      careful_tile(job, left, panel, p);
+    else
+      for (int i = 0; i < kTileRows; i++) write(out + i * p.to_step, y[i], false);
+  }
+  return first;
+}
+#endif
+
 /// R rows from `row` and columns [first, last). Nothing is asked for early: the hardware follows the rows of
 /// a tile by itself, and asking takes more time than it saves.
 template <class T, int R>
 void strip(const MergeLora& job, int64_t row, const float* left, int64_t first, int64_t last, Place p) {
+#if defined(PK_AVX2)
+  if (kParted<T> && R == kTileRows && job.out_dtype == kBF16 && !job.row_scale && !job.column_scale)
+    first = hasty_strip(job, left, first, last, p);
+#endif
   for (int64_t c = first; c < last; c += kPanel, p.at += kPanel, p.to += kPanel) {
     const float* panel = job.panels + c * job.rank;
     const float* scale = job.column_scale ? job.column_scale + c : nullptr;
@@ -199,22 +234,25 @@ void pack_left(const MergeLora& job, int64_t begin, int64_t end, float* to) {
   }
 }
 
-/// Columns [first, first + width) of a factor's right side, a panel's row per rank.
+/// Columns [first, last) of a factor's right side, rank by rank, as its memory mostly lies.
 template <class T>
-void pack_columns(const LowRank& f, int64_t first, int64_t width, bool parted, float* to) {
+void pack_columns(const LowRank& f, int64_t rank, int64_t first, int64_t last, bool parted, float* to) {
+  const bool as_they_lie = f.right.col == 1 && f.right_scale == 1;
   for (int64_t k = 0; k < f.rank; k++, to += kPanel) {
-    alignas(64) float few[kPanel] = {};
-    const int64_t at = k * f.right.row + first * f.right.col;
-    if (f.right.col == 1 && width == kPanel) {
-      const Pair x = load(static_cast<const T*>(f.right.data) + at);
-      put(few, kParted<T> ? interleave(x) : x, false);
-    } else {
-      for (int64_t c = 0; c < width; c++) few[c] = element<T>(f.right.data, at + c * f.right.col);
+    float* panel = to;
+    for (int64_t c = first; c < last; c += kPanel, panel += kPanel * rank) {
+      const int64_t at = k * f.right.row + c * f.right.col;
+      if (as_they_lie && last - c >= kPanel) {
+        const Pair x = load(static_cast<const T*>(f.right.data) + at);
+        put(panel, parted == kParted<T> ? x : parted ? part(x) : interleave(x), false);
+        continue;
+      }
+      alignas(64) float few[kPanel] = {};
+      for (int64_t i = 0; i < std::min(kPanel, last - c); i++)
+        few[i] = scaled(element<T>(f.right.data, at + i * f.right.col), f.right_scale);
+      const Pair x = load(few);
+      put(panel, parted ? part(x) : x, false);
     }
-    if (f.right_scale != 1)
-      for (int64_t c = 0; c < width; c++) few[c] = scaled(few[c], f.right_scale);
-    const Pair x = load(few);
-    put(to, parted ? part(x) : x, false);
   }
 }
 
@@ -278,19 +316,17 @@ void lora_squares(const MergeLora& job, bool by_column, double* sums, int64_t be
 /// lanes, zeros behind the last column.
 void pack_panels(const MergeLora& job, float* panels, int64_t begin, int64_t end) {
   const bool parted = job.dtype == kBF16;
-  for (int64_t first = begin * kPanel; first < std::min(job.cols, end * kPanel); first += kPanel) {
-    float* to = panels + first * job.rank;
-    const int64_t width = std::min(kPanel, job.cols - first);
-    for (int64_t j = 0; j < job.count; j++) {
-      const LowRank& f = job.factors[j];
-      if (f.right.dtype == kF32)
-        pack_columns<float>(f, first, width, parted, to);
-      else if (f.right.dtype == kBF16)
-        pack_columns<bf16>(f, first, width, parted, to);
-      else
-        pack_columns<f16>(f, first, width, parted, to);
-      to += f.rank * kPanel;
-    }
+  const int64_t first = begin * kPanel, last = std::min(job.cols, end * kPanel);
+  float* to = panels + first * job.rank;
+  for (int64_t j = 0; j < job.count; j++) {
+    const LowRank& f = job.factors[j];
+    if (f.right.dtype == kF32)
+      pack_columns<float>(f, job.rank, first, last, parted, to);
+    else if (f.right.dtype == kBF16)
+      pack_columns<bf16>(f, job.rank, first, last, parted, to);
+    else
+      pack_columns<f16>(f, job.rank, first, last, parted, to);
+    to += f.rank * kPanel;
   }
 }
 
