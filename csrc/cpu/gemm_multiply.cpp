@@ -59,13 +59,9 @@ class Asking {
     share_ = (lines + shares - 1) / shares;
   }
   void share() {
-    for (int64_t left = share_; left > 0 && at_ != end_;) {
-      const int64_t rest = at_->lines - line_, now = left < rest ? left : rest;
-      const char* from = at_->data + row_ * at_->step + line_ * 64;
-      for (const char* to = from + now * 64; from != to; from += 64) __builtin_prefetch(from, 0, 2);
-      left -= now;
-      line_ += now;
-      if (line_ < at_->lines) return;
+    for (int64_t i = 0; i < share_ && at_ != end_; i++) {
+      __builtin_prefetch(at_->data + row_ * at_->step + line_ * 64, 0, 2);
+      if (++line_ < at_->lines) continue;
       line_ = 0;
       if (++row_ < at_->rows) continue;
       row_ = 0;
