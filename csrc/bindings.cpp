@@ -228,27 +228,35 @@ void lora_squares(uintptr_t sums, uintptr_t weight, int dtype, int64_t rows, int
                    static_cast<double*>(at_mutable(sums)), threads);
 }
 
+using PartOf = std::tuple<int64_t, int64_t, int64_t, MatrixOf>;
+
+std::vector<pk::Shrink> shrinks(const std::vector<PartOf>& parts) {
+  std::vector<pk::Shrink> each;
+  for (const auto& [begin, end, rank, factor] : parts) each.push_back({begin, end, rank, matrix(factor)});
+  return each;
+}
+
 void product(const MatrixOf& out, uintptr_t bias, const MatrixOf& a, const MatrixOf& b, int64_t m, int64_t n,
              int64_t k, uintptr_t rows,
              const std::vector<std::tuple<int64_t, int64_t, int64_t, MatrixOf, MatrixOf, float>>& extensions,
-             const DropoutOf& drop, int threads) {
+             const std::vector<PartOf>& parts, const DropoutOf& drop, int threads) {
   py::gil_scoped_release release;
   pk::Product job{target(out, bias), matrix(a), matrix(b), m, n, k, static_cast<const int64_t*>(at(rows)), {},
                   dropout(drop)};
   for (const auto& [begin, end, rank, low, high, scale] : extensions)
     job.extensions.push_back({begin, end, rank, static_cast<const float*>(at(std::get<0>(low))),
                               std::get<2>(low), matrix(high), scale});
-  pk::product(job, threads);
+  if (parts.empty()) return pk::product(job, threads);
+  const MatrixOf& low = std::get<3>(extensions.at(0));
+  pk::product_with(job, static_cast<float*>(at_mutable(std::get<0>(low))), std::get<2>(low), shrinks(parts),
+                   threads);
 }
 
 void shrink(uintptr_t low, int64_t low_stride, const MatrixOf& a, int64_t k, uintptr_t rows,
-            const std::vector<std::tuple<int64_t, int64_t, int64_t, MatrixOf>>& parts, const DropoutOf& drop,
-            int threads) {
+            const std::vector<PartOf>& parts, const DropoutOf& drop, int threads) {
   py::gil_scoped_release release;
-  std::vector<pk::Shrink> each;
-  for (const auto& [begin, end, rank, factor] : parts) each.push_back({begin, end, rank, matrix(factor)});
   pk::shrink(static_cast<float*>(at_mutable(low)), low_stride, matrix(a), k,
-             static_cast<const int64_t*>(at(rows)), each, dropout(drop), threads);
+             static_cast<const int64_t*>(at(rows)), shrinks(parts), dropout(drop), threads);
 }
 
 void reduce(const MatrixOf& out, int64_t begin, int64_t end, int64_t rank, float scale, uintptr_t low,

@@ -170,6 +170,7 @@ def product(
     k: int,
     rows: int,
     extensions: list[tuple[int, int, int, tuple[int, int, int, int], tuple[int, int, int, int], float]],
+    parts: list[tuple[int, int, int, tuple[int, int, int, int]]],
     drop: tuple[int, int, int],
     threads: int,
 ) -> None: ...

@@ -39,8 +39,10 @@ def lora_linear(
         bias = bias.resolve_neg().contiguous()
     rows, segments = _sorted(index, len(adapters), x.shape[0])
     drop = (threshold, key, x.shape[1])
-    products.shrink(h, x, rows, segments, [a.t() for a, _, _ in adapters], drop)
-    up = [(h, b.t(), s) for _, b, s in adapters]
+    down, up = [a.t() for a, _, _ in adapters], [(h, b.t(), s) for _, b, s in adapters]
+    if threshold == ALL:
+        return products.product(out, x, weight.t(), rows, segments, up, bias, factors=down)
+    products.shrink(h, x, rows, segments, down, drop)
     products.product(out, x, weight.t(), rows, segments, up, bias)
 
 
@@ -74,13 +76,16 @@ def lora_linear_backward(
     if by_x is None and not any(to is not None for to in by_a):
         return
     by_h = torch.empty_like(h)
-    products.shrink(by_h, grad, rows, segments, [b for _, b, _ in adapters])
+    up, down = [b for _, b, _ in adapters], [(by_h, a, s) for a, _, s in adapters]
+    together = by_x is not None and threshold == ALL
+    if not together:
+        products.shrink(by_h, grad, rows, segments, up)
+    if by_x is not None:
+        factors = up if together else ()
+        products.product(by_x, grad, weight, rows, segments, down, None, drop, factors)
     for segment, to, (_, _, s) in zip(segments, by_a, adapters, strict=True):
         if to is not None:
             products.reduce(to, by_h, x, rows, segment, s, drop)
-    if by_x is not None:
-        down = [(by_h, a, s) for a, _, s in adapters]
-        products.product(by_x, grad, weight, rows, segments, down, None, drop)
 
 
 def _torch_is_faster(x: torch.Tensor, threshold: int) -> bool:

@@ -23,6 +23,12 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _parts(
+    segments: Sequence[tuple[int, int]], factors: Sequence[torch.Tensor]
+) -> list[tuple[int, int, int, tuple[int, int, int, int]]]:
+    return [(*s, f.shape[1], _matrix(f)) for s, f in zip(segments, factors, strict=True)]
+
+
 def product(
     out: torch.Tensor,
     a: torch.Tensor,
@@ -32,18 +38,22 @@ def product(
     low_rank: Sequence[tuple[torch.Tensor, torch.Tensor, float]],
     bias: torch.Tensor | None,
     drop: Drop = _NO_DROP,
+    factors: Sequence[torch.Tensor] = (),
 ) -> None:
     """out [m, n] = a [m, k] b [k, n] + bias, and per (low [m, r], high [r, n], s): s low high in its rows.
 
-    A segment is a stretch of ``rows``; ``drop`` takes out of what is added there.
+    A segment is a stretch of ``rows``; ``drop`` takes out of what is added there. With ``factors`` [k, r]
+    and nothing dropped, ``low`` (one for all segments) is made by the way, as by :func:`shrink`.
     """
     extra = [
         (*segment, high.shape[0], _matrix(low), _matrix(high), s)
         for segment, (low, high, s) in zip(segments, low_rank, strict=True)
     ]
     sizes = (a.shape[0], b.shape[1], a.shape[1])
+    parts = _parts(segments, factors) if factors else []
+    where = _address(rows)
     _C.product(
-        _matrix(out), _address(bias), _matrix(a), _matrix(b), *sizes, _address(rows), extra, drop, threads()
+        _matrix(out), _address(bias), _matrix(a), _matrix(b), *sizes, where, extra, parts, drop, threads()
     )
 
 
@@ -56,7 +66,7 @@ def shrink(
     drop: Drop = _NO_DROP,
 ) -> None:
     """low [m, ranks] = a [m, k] factor [k, r], float32, for the rows of every segment."""
-    parts = [(*s, f.shape[1], _matrix(f)) for s, f in zip(segments, factors, strict=True)]
+    parts = _parts(segments, factors)
     _C.shrink(low.data_ptr(), low.stride(0), _matrix(a), a.shape[1], _address(rows), parts, drop, threads())
 
 

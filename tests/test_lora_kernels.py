@@ -102,6 +102,36 @@ def test_few_rows_give_the_bits_of_many(n, rank, isa):
     assert_forward(out, c, None)
 
 
+@pytest.mark.parametrize("m", [128, 129, 385, 513])
+def test_many_rows_give_the_bits_of_few(m, isa):
+    """Rows go through a block of k in pieces of up to 128, and through the product by 512."""
+    c = layer(m, 24, 300, [1], torch.bfloat16)
+    whole, parts = nans(m, 24, dtype=torch.bfloat16), nans(m, 24, dtype=torch.bfloat16)
+    products.product(whole, c.x, c.weight.t(), None, [], [], None)
+    for first in range(0, m - 5, 60):
+        some = slice(first, m if first + 65 > m else first + 60)
+        products.product(parts[some], c.x[some], c.weight.t(), None, [], [], None)
+    assert_same_bits(parts, whole)
+
+
+def test_what_is_made_by_the_way_is_the_same():
+    """A product that makes ``low`` itself, and one after the call that makes it."""
+    c = layer(70, 50, 300, [4, 1, 33, 7], torch.bfloat16, grouped=True)
+    rows, segments = lora_linear_cpu._sorted(c.index, 4, 70)
+    factors = [a.A.t() for a in c.adapters]
+    found = []
+    for together in (True, False):
+        h, out = torch.zeros(70, 33), nans(70, 50, dtype=torch.bfloat16)
+        up = [(h, a.B.t(), a.scaling) for a in c.adapters]
+        if not together:
+            products.shrink(h, c.x, rows, segments, factors)
+        made = factors if together else ()
+        products.product(out, c.x, c.weight.t(), rows, segments, up, c.bias, factors=made)
+        found.append((h, out))
+    for one, other in zip(*found, strict=True):
+        assert_same_bits(one, other)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("m", [1, 2, 40, 300])
 def test_each_row_its_adapter(m, dtype, isa):

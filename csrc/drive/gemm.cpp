@@ -20,6 +20,7 @@ using cpu::kGemmWidth;
 using cpu::Matrix;
 
 constexpr int64_t kDotsWidth = 64;   // columns of a product of few rows that a thread takes at a time
+constexpr int64_t kPiece = 128;      // rows whose floats stay in the second cache beside the panels
 constexpr int64_t kShrinkRows = 96;  // rows of a skinny product that a thread takes at the most
 constexpr int64_t kShrinkTile = 12;  // and a number that kernels like
 constexpr int64_t kShrinkDots = 8;   // columns of it, where they are dot products of few rows
@@ -230,7 +231,7 @@ class RowsOfProduct {
   void frozen(int64_t n0, int64_t n1, float* sums, float* panels, int slot) const {
     if (!blocks_) memset(sums, 0, size_t(count_ * kGemmWidth) * sizeof(float));
     std::vector<cpu::Ahead> asked;
-    asked.reserve(job_.extensions.size() + 2);  // nothing throws below
+    asked.reserve(job_.extensions.size() + 3);  // nothing throws below
     if (dots_ && blocks_) {
       announce(0, 1, n0, n1, asked);
       for (const cpu::Ahead& a : asked) fetch(a);
@@ -246,9 +247,25 @@ class RowsOfProduct {
       if (takes) add(low_->needs(beside), asked);
       if (block >= early) announce(block - early, blocks_ - early, n0, n1, asked);
       kernels().gemm_pack(job_.b, nullptr, k, k + depth(block), n0, n1, 1, nullptr, panels);
-      kernels().gemm_multiply(wide() + block * count_ * kGemmDepth, count_, panels, n1 - n0, depth(block),
-                              sums, block > 0, asked.data(), int64_t(asked.size()));
+      multiply(block, n1 - n0, panels, sums, asked);
       if (takes) low_->do_taken(beside, slot);
+    }
+  }
+
+  /// Many rows in pieces, of which each asks for the next, and the first for the rest.
+  void multiply(int64_t block, int64_t width, const float* panels, float* sums,
+                std::vector<cpu::Ahead>& asked) const {
+    const int64_t pieces = ceil_divide(count_, kPiece);
+    const auto row = [&](int64_t at, int64_t i) { return wide() + (at * count_ + i) * kGemmDepth; };
+    for (int64_t p = 0; p < pieces; p++) {
+      const int64_t first = p * count_ / pieces, last = (p + 1) * count_ / pieces;
+      const float* then = p + 1 < pieces ? row(block, last) : row((block + 1) % blocks_, 0);
+      if (pieces > 1)
+        asked.push_back({reinterpret_cast<const char*>(then), 0, 1,
+                         (last - first) * kGemmDepth * int64_t(sizeof(float)) / 64});
+      kernels().gemm_multiply(row(block, first), last - first, panels, width, depth(block),
+                              sums + first * kGemmWidth, block > 0, asked.data(), int64_t(asked.size()));
+      asked.clear();
     }
   }
 
