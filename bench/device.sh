@@ -9,9 +9,9 @@
 # PYKERNELS_COMMIT names the commit.
 #
 # Every step ends after its own time, and the whole after 580 s (bench/device_steps.py):
-#   wheels 5 + device 15 + build 105 + tests 90 + large 25 + memcheck 40 + racecheck 40 + table 35 +
-#   softmax 55 + lora 80 + traffic 25 + peers 30 + llama 30 + targets 5
-# The build is expected to take 60 to 100 s; what a step leaves over, nobody needs.
+#   wheels 5 + device 15 + build 90 + tests 90 + memcheck 40 + racecheck 35 + table 35 + softmax 55 +
+#   lora 80 + traffic 25 + peers 30 + llama 30 + large 25 + targets 5 + memcheck-triton 20
+# The build compiles for the one device and is expected to take 40 to 70 s; what a step leaves over, nobody needs.
 #
 # Exit status: 0 when all steps passed or were refused by a tool, 1 when one failed, 3 without a device.
 set -euo pipefail

@@ -45,8 +45,10 @@ SHAPES = [
     (1, 1, 1, "default"), (1, 129, 257, "clusters"), (16, 33, 31, "default"), (17, 8, 128, "no clusters"),
     (31, 32, 33, "clusters"), (33, 130, 65, "clusters"), (65, 24, 129, "default"), (5, 513, 24, "default"),
 ]  # fmt: skip
+if not EMULATED:
+    SHAPES += [(1, 4100, 4200, "default"), (8, 1024, 4096, "default"), (40, 2049, 24, "default")]
 """Sides of: tiles of products (8, 16), a chunk of columns (32), a tile of rows (32), draws (128), a block's
-columns (512 in the gradients), staged rows (64)."""
+columns (512 in the gradients), staged rows (64); on a device clusters of eight, two and four blocks."""
 
 
 @pytest.fixture(autouse=True)
