@@ -94,10 +94,10 @@ def steps(work: Path) -> list[Step]:
     counts = [python, "-m", "pykernels.bench.gpu_traffic", ncu, "--seconds", "18"]
     targets = [python, "-m", "pykernels.bench.gpu_targets"]
     return [
-        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 5,
+        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 10,
              absent="" if wheels else "no folder wheels", always=True),
-        Step("device", probe, 15, result=work / "probe.json", always=True),
-        Step("build", [*pip, "--no-build-isolation", "-e", "."], 90, ("device",),
+        Step("device", probe, 40, result=work / "probe.json", always=True),
+        Step("build", [*pip, "--no-build-isolation", "-e", "."], 100, ("device",),
              {"PYKERNELS_REQUIRE_NATIVE": "1", "PYKERNELS_REQUIRE_CUDA": "1"} | architecture),
         # "long": what is compiled ahead of time for three architectures needs no device.
         Step("tests", pytest(12, "not long"), 90, ready, {"OMP_NUM_THREADS": "2"} | architecture),
@@ -110,10 +110,10 @@ def steps(work: Path) -> list[Step]:
              result=work / "traffic.json"),
         bench("peers", 30),
         bench("llama", 30),
-        Step("large", pytest(3, "large"), 25, ready, {"PYKERNELS_LARGE": "1"}),
         Step("targets", [*targets, str(work / RUN), str(work / "targets.json")], 5, ready,
              result=work / "targets.json"),
-        sanitizer("memcheck", "triton", "memcheck-triton", 20),
+        Step("large", pytest(3, "large"), 25, ready, {"PYKERNELS_LARGE": "1"}),
+        sanitizer("memcheck", "triton", "memcheck-triton", 25),
     ]  # fmt: skip
 
 

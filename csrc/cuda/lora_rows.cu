@@ -3,8 +3,8 @@
 // each other's shared memory, then each writes a slice of the result's columns. Without clusters: two
 // launches. Traffic: reads x once and a tile's adapter from the L2 once a tile, writes out and low once: (m k
 // + m n) * sizeof(T). One pass; x and out are what the frozen product reads and adds to next. Predicted on an
-// H200: m (k + n) * 2 bytes / 4.3 TB/s, 31 us at m = 8192, k = n = 4096; at m = 1 about 3 us, three latencies
-// of memory and two barriers of a cluster.
+// H200: m (k + n) * 2 bytes / 4.3 TB/s, 31 us at m = 8192, k = n = 4096; at m = 1 about 3 us, two latencies
+// of memory (a block asks for all that it will read at once), one of another block's and a barrier.
 #include <algorithm>
 
 #include "cluster.h"
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocks < Up::kBlocks ? Kind::
     if (job.out) stage_parts(staged, deal.tile_rows, width, low_parts_of(job.out_dtype), low);
   }
   const bool shares = adapter && deal.stage == kWhole && deal.cluster > 1;
-  if (shares) cluster_arrive();
+  if (shares) cluster_leave();
   __syncthreads();
   const int64_t begin = (group * deal.cluster + member) * deal.columns;
   if (job.out && deal.stage != kSums)
