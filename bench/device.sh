@@ -9,8 +9,8 @@
 # PYKERNELS_COMMIT names the commit.
 #
 # Every step ends after its own time, and the whole after 580 s (bench/device_steps.py):
-#   wheels 10 + device 40 + build 100 + tests 90 + memcheck 40 + racecheck 35 + table 35 + softmax 55 +
-#   lora 80 + traffic 25 + peers 30 + llama 30 + targets 5, then large 25 and memcheck-triton 25
+#   wheels 5 + device 40 + build 95 + tests 120 + memcheck 40 + racecheck 30 + table 30 + softmax 55 +
+#   lora 80 + traffic 25 + peers 20 + llama 30 + targets 5, then large 25 and memcheck-triton 25
 # The first two need seconds once files are in memory; the build compiles for the one device, in 40 to 70 s by
 # what its slowest files take. The last two have what the others leave over.
 #

@@ -94,21 +94,21 @@ def steps(work: Path) -> list[Step]:
     counts = [python, "-m", "pykernels.bench.gpu_traffic", ncu, "--seconds", "18"]
     targets = [python, "-m", "pykernels.bench.gpu_targets"]
     return [
-        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 10,
+        Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 5,
              absent="" if wheels else "no folder wheels", always=True),
         Step("device", probe, 40, result=work / "probe.json", always=True),
-        Step("build", [*pip, "--no-build-isolation", "-e", "."], 100, ("device",),
+        Step("build", [*pip, "--no-build-isolation", "-e", "."], 95, ("device",),
              {"PYKERNELS_REQUIRE_NATIVE": "1", "PYKERNELS_REQUIRE_CUDA": "1"} | architecture),
         # "long": what is compiled ahead of time for three architectures needs no device.
-        Step("tests", pytest(12, "not long"), 90, ready, {"OMP_NUM_THREADS": "2"} | architecture),
+        Step("tests", pytest(15, "not long"), 120, ready, {"OMP_NUM_THREADS": "2"} | architecture),
         sanitizer("memcheck", "cuda", "memcheck", 40),
-        sanitizer("racecheck", "cuda", "racecheck", 35),
-        bench("table", 35),
+        sanitizer("racecheck", "cuda", "racecheck", 30),
+        bench("table", 30),
         bench("softmax", 55),
         bench("lora", 80),
         Step("traffic", [*counts, "--out", str(work / "traffic.json")], 25, ready, tool=ncu,
              result=work / "traffic.json"),
-        bench("peers", 30),
+        bench("peers", 20),
         bench("llama", 30),
         Step("targets", [*targets, str(work / RUN), str(work / "targets.json")], 5, ready,
              result=work / "targets.json"),
