@@ -152,10 +152,11 @@ def test_what_names_no_adapter_becomes_nan(m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize(("m", "ranks"), [(3, [5, 3]), (40, [17, 3])], ids=str)
 @pytest.mark.skipif(not EMULATED, reason="only the emulation runs backwards or without clusters")
-def test_bits_depend_neither_on_the_order_of_threads_nor_on_clusters(m, dtype):
-    c = layer(m, 70, 140, [17, 3], dtype, grouped=True)
+def test_bits_depend_neither_on_the_order_of_threads_nor_on_clusters(m, ranks, dtype):
+    """Of few ranks every block of a cluster adds up all of low by itself."""
+    c = layer(m, 70, 140, ranks, dtype, grouped=True)
     everything = []
     orders = (("clusters", False, False), ("clusters", True, True), ("no clusters", True, False))
     for where, reverse, warps in orders:
