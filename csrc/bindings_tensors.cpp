@@ -141,7 +141,7 @@ PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   const Rows y(out.object, fresh);
   if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
   if (!fresh) {
-    if (given != object && !lent.holds_values(given)) Py_RETURN_NONE;
+    if (given != object && !(lent.wants_no_gradient(given) && lent.holds_values(given))) Py_RETURN_NONE;
     const Held changed(PyTuple_Pack(1, given));
     if (!changed.object || !Held(PyObject_CallOneArg(lent.written, changed.object)).object) return nullptr;
   }

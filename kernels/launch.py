@@ -134,13 +134,13 @@ def fill(rows: torch.Tensor, words: list[int], *, alone: bool = False) -> None:
     """
     with on(rows.device):
         if rows.device.type != "cuda":
-            rows[: len(words)] = torch.tensor(words)
+            rows[: len(words)] = torch.tensor(words, device="cpu")
         elif alone or torch.cuda.is_current_stream_capturing():
             pack(rows, words)
         else:  # the first words as in a graph, so that a warm-up compiles and loads what a capture needs
             pack(rows, words[: table.WORDS])
             rest = slice(table.WORDS, len(words))
-            rows[rest].copy_(torch.tensor(words[rest]).pin_memory(), non_blocking=True)
+            rows[rest].copy_(torch.tensor(words[rest], device="cpu").pin_memory(), non_blocking=True)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -68,3 +68,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Public names, used already or not."""
+    return sorted({*globals(), *_HOMES})

@@ -294,6 +294,7 @@ def output(
     """``out``, checked; or a new tensor as :func:`fresh` makes it."""
     if out is not None:
         check.output(op, out, out_dtype, like, inputs)
+        torch.autograd.graph.increment_version(out)  # a graph that has saved it must not use what comes
         return out
     return fresh(like.shape, check.result_dtype(op, out_dtype, like), like.device)
 

@@ -312,7 +312,9 @@ def matrix(
 
 
 def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> None:
-    """``out`` must be a dense tensor of ``x``'s shape and device; the dtype's error is torch's."""
+    """``out`` must be a dense tensor of ``x``'s shape and device; the errors of dtype and overlap are
+    torch's.
+    """
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"{op}: out must be a tensor, got {type(out).__name__}")
     dense(op, "out", out)
@@ -322,6 +324,9 @@ def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) 
         raise ValueError(f"{op}: out must have x's shape {list(x.shape)}, got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"{op}: out must be on x's device {x.device}, got {out.device}")
+    if not out.is_contiguous() and any(n > 1 and not s for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise RuntimeError(f"{op}: out must have a place for every element, got strides {list(out.stride())}")
+    no_gradient(op, "out", out)
     memory.examine(op, "out", out, plain=True)
 
 
@@ -341,6 +346,7 @@ def output(
 ) -> None:
     """``out`` must fit ``like`` and be an input itself or share no memory with one."""
     one_tensor(op, "out", out)
+    no_gradient(op, "out", out)
     if out_dtype is not None and out.dtype != result_dtype(op, out_dtype, like):
         raise TypeError(f"{op}: out must have out_dtype {out_dtype}, got {out.dtype}")
     if out.shape != like.shape:
@@ -357,6 +363,12 @@ def output(
             raise ValueError(
                 f"{op}: out must be an input itself or share no memory with it, overlaps input {i} in part"
             )
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors surely share no memory."""
+    start, at, first, second = a.data_ptr(), b.data_ptr(), memory.span(a), memory.span(b)
+    return not first or not second or start + first <= at or at + second <= start
 
 
 def aliases(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:

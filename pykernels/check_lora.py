@@ -63,11 +63,7 @@ def one(
 
 def apart(op: str, out: torch.Tensor, name: str, tensor: torch.Tensor | None) -> None:
     """``out`` must share no memory with a tensor that is read while it is written."""
-    if tensor is None or 0 in (out.numel(), tensor.numel()):
-        return
-    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start, at = out.data_ptr(), tensor.data_ptr()
-    if start < at + span * tensor.element_size() and at < start + out.numel() * out.element_size():
+    if tensor is not None and not check.apart(out, tensor):
         raise ValueError(f"{op}: out must share no memory with {name}")
 
 
@@ -84,6 +80,10 @@ def alike(op: str, given: Sequence[Any]) -> list[float]:
     first = given[0]
     for name, tensor, shape in (("A", first.A, "[r, in]"), ("B", first.B, "[out, r]")):
         check.beside(op, f"adapters[0].{name}", tensor, tensor, None)
+        if tensor.dtype not in check.FLOAT_DTYPES:
+            raise TypeError(
+                f"{op}: adapters[0].{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
         if tensor.dim() != 2:
             raise ValueError(f"{op}: adapters[0].{name} must have shape {shape}, got {list(tensor.shape)}")
     for i, adapter in enumerate(given):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from pykernels.uncast import uncast
+
 _PIECE = 1 << 22
 
 
+@uncast
 def dora_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     """[out], float32, or float64 for a weight of float64.
 

@@ -7,6 +7,7 @@ rules. An eager call without a gradient never comes here: the dispatcher costs m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -14,12 +15,14 @@ import torch
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils._pytree import tree_map
 
 from pykernels import check, memory
 
 NAMESPACE = "pykernels"
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _SIGN = 1 << 63
+_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _differentiable: set[str] = set()
 """Operators that see to tangents by themselves."""
 
@@ -41,6 +44,7 @@ def define(
     _LIBRARY.define(f"{op}({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(op, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{op}", functools.partial(_slice_by_slice, op), lib=_LIBRARY)
     if not out:
         return
 
@@ -55,6 +59,19 @@ def define(
     _LIBRARY.define(f"{name}({arguments}, {star}Tensor(a!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, fill, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake_fill, lib=_LIBRARY)
+
+
+def _slice_by_slice(op: str, info: Any, in_dims: Any, *positional: Any, **named: Any) -> Any:
+    """The rule of ``torch.func.vmap``: a call for every slice, so that its bits are those of a call alone."""
+    if not info.batch_size:
+        raise NotImplementedError(f"{op}: vmap must go over at least one slice, got a dimension of size 0")
+    overload = getattr(torch.ops.pykernels, op).default
+    found = []
+    for i in range(info.batch_size):
+        mine = tree_map(lambda v, d, i=i: v if d is None else v.select(d, i), positional, in_dims)
+        found.append(overload(*mine, **named))
+    stacked = tree_map(lambda *slices: torch.stack(slices), *found)
+    return stacked, tree_map(lambda _: 0, stacked)
 
 
 def differentiate(
@@ -73,6 +90,7 @@ def differentiate(
 
     def kernel(keys: Any, *positional: Any, **named: Any) -> Any:
         if not duals(positional):
+            _no_transform(op, positional)
             return reverse(keys, *positional, **named)
         if tangent is None:
             refuse_tangent(op)
@@ -85,6 +103,14 @@ def differentiate(
 
     _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
     _differentiable.add(op)
+
+
+def _no_transform(op: str, values: Sequence[Any]) -> None:
+    """Refuse the gradients of torch.func: torch gives registered formulas no way to nest in them."""
+    if _transforms() and torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+        raise NotImplementedError(
+            f"{op}: torch.func.grad, vjp and jacrev are not supported: use backward() or torch.autograd.grad"
+        )
 
 
 def duals(values: Sequence[Any]) -> bool:
@@ -175,6 +201,15 @@ def inputs(
 def constant(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that gets no gradient."""
     return tensor.detach() if isinstance(tensor, torch.Tensor) and tensor.requires_grad else tensor
+
+
+def numbers(values: Sequence[float]) -> torch.Tensor:
+    """Numbers as a tensor [n] of the host, float64, so that a graph holds their places and not their values.
+
+    By products: those torch takes out of a graph, while it compiles what a fill is given, each time anew.
+    """
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    return torch.cat([one[:0], *(one * value for value in values)])
 
 
 def signed(seed: int) -> int:

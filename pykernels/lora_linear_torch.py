@@ -14,12 +14,14 @@ import torch
 from torch.nn.functional import linear
 
 from pykernels import backends
+from pykernels.uncast import uncast
 
 Adapter = tuple[torch.Tensor, torch.Tensor, float]
 ALL = 65536
 """The threshold below which every draw lies: nothing is dropped."""
 
 
+@uncast
 def lora_linear(
     out: torch.Tensor,
     h: torch.Tensor,
@@ -47,6 +49,7 @@ def lora_linear(
         _add(out, rows, low, b.t(), scaling)
 
 
+@uncast
 def lora_linear_backward(
     by_x: torch.Tensor | None,
     by_weight: torch.Tensor | None,

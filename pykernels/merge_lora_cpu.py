@@ -53,7 +53,7 @@ def _norms(weight: torch.Tensor, adapter: LowRank, fan_in_fan_out: bool) -> torc
     """Norms of the rows or columns of weight + the delta, float64, from sums of squares in blocks."""
     rows, cols = weight.shape
     shape = (-(-rows // SQUARE_ROWS), cols) if fan_in_fan_out else (-(-cols // SQUARE_COLUMNS), rows)
-    sums = torch.empty(shape, dtype=torch.float64)
+    sums = torch.empty(shape, dtype=torch.float64, device=weight.device)
     stored = _stored(adapter)
     _C.lora_squares(
         sums.data_ptr(),

@@ -104,7 +104,7 @@ def magnitude_histogram(
     base: torch.Tensor | None, tuned: Tensors, shift: int, prefix: list[int] | None
 ) -> torch.Tensor:
     """Counts [n, 65536] of (key >> shift) & 0xFFFF over keys whose higher bits equal the prefix."""
-    bins = torch.empty(len(tuned), 65536, dtype=torch.int64)
+    bins = torch.empty(len(tuned), 65536, dtype=torch.int64, device="cpu")
     _C.magnitude_histogram(bins.data_ptr(), *_inputs(base, tuned), shift, prefix, threads())
     return bins
 
@@ -216,14 +216,14 @@ def l1_norms(
     offset: int = 0,
 ) -> torch.Tensor:
     """Sums [blocks, n, 2] in float64 of |delta| and the kept |delta| per block of 4096 elements."""
-    sums = torch.empty(-(-tuned[0].numel() // SUM_BLOCK), len(tuned), 2, dtype=torch.float64)
+    sums = torch.empty(-(-tuned[0].numel() // SUM_BLOCK), len(tuned), 2, dtype=torch.float64, device="cpu")
     _C.l1_norms(sums.data_ptr(), *_inputs(base, tuned), threshold, model, key, offset, threads())
     return sums
 
 
 def dot_products(grad: torch.Tensor, base: torch.Tensor | None, tuned: Tensors) -> torch.Tensor:
     """Sums [blocks, n] in float64 of grad * delta per block of 4096 elements."""
-    sums = torch.empty(-(-tuned[0].numel() // SUM_BLOCK), len(tuned), dtype=torch.float64)
+    sums = torch.empty(-(-tuned[0].numel() // SUM_BLOCK), len(tuned), dtype=torch.float64, device="cpu")
     _C.dot_products(sums.data_ptr(), CODES[grad.dtype], grad.data_ptr(), *_inputs(base, tuned), threads())
     return sums
 

@@ -53,6 +53,11 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8, **_QUIET)
     ),
+    "gpt2, own head": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8, tie_word_embeddings=False, **_QUIET
+        )
+    ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_LLAMA, num_local_experts=3)),
     "qwen": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_LLAMA, num_experts=3, moe_intermediate_size=8)),
     "oss": lambda: GptOssForCausalLM(GptOssConfig(**_LLAMA, num_local_experts=3, **_QUIET)),
@@ -91,6 +96,7 @@ KINDS = {
             "alpha_pattern": {"^model.layers.0": 7, "down_proj": 1},
         },
     ),
+    "all linear but for some": Kind("llama", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
     "DoRA": Kind("llama", {**_LINEAR, "use_dora": True}),
     "embedding": Kind("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding, DoRA": Kind("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
@@ -110,6 +116,7 @@ KINDS = {
     "Conv1D": Kind("gpt2", _CONV1D),
     "Conv1D, DoRA": Kind("gpt2", {**_CONV1D, "use_dora": True}),
     "Conv1D, bias all": Kind("gpt2", {**_CONV1D, "bias": "all"}, 1),
+    "Conv1D and a linear head": Kind("gpt2, own head", {"target_modules": ["c_proj", "lm_head"]}),
     "convolutions": Kind("conv", _CONV),
     "convolutions, DoRA": Kind("conv", {**_CONV, "use_dora": True}),
     "experts of Mixtral": Kind("mixtral", _BOTH),

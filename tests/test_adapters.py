@@ -52,6 +52,7 @@ def changes(plan: Plan, name: str) -> Any:
 
 CONFIGS = [
     *(({key: [7]}, f"{key}: '[7]': {why}") for key, why in VARIANTS.items()),
+    *(({key: {}}, f"{key}: '{{}}': {VARIANTS[key]}") for key in ("kasa_config", "use_bdlora")),
     ({"peft_type": "LOHA"}, "peft_type: 'LOHA': only LORA adapters can be merged"),
     ({"peft_type": None}, "peft_type: 'None': only LORA"),
     ({"use_new_thing": True}, "use_new_thing: 'True': not a switch of PEFT 0.21.2"),
@@ -60,6 +61,9 @@ CONFIGS = [
         {"init_lora_weights": "pissa_niter_4"},
         "init_lora_weights: 'pissa_niter_4': the adapter belongs to what",
     ),
+    ({"init_lora_weights": "MiCA"}, "init_lora_weights: 'MiCA': MiCA is a variant"),
+    ({"init_lora_weights": "minor"}, "init_lora_weights: 'minor': not known here, and it may have taken"),
+    ({"init_lora_weights": 1}, "init_lora_weights: '1': not known here"),
     ({"r": 0}, "r: '0': a rank must be an integer of at least 1"),
     ({"r": True}, "r: 'True': a rank must be"),
     ({"r": 10**400}, "(401 characters): a rank must be an integer of at least 1, and of 64 bits"),
@@ -313,16 +317,6 @@ def stack(home: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> Path
     """A base of tensors of zeros."""
     write_model(home / "base", {name: torch.zeros(shape) for name, shape in shapes.items()}, **config)
     return home / "base"
-
-
-@pytest.mark.parametrize(("model_type", "transposed"), [("gpt_oss", True), ("qwen3_moe", False)])
-def test_square_experts_go_by_the_model_s_type(tmp_path, model_type, transposed):
-    base = stack(tmp_path, {"mlp.experts.up_proj": (3, 8, 8)}, model_type=model_type)
-    path = write_adapter(
-        tmp_path / "a", factors("mlp.experts", 8, 8, rank=12), target_parameters=["experts.up_proj"]
-    )
-    [change] = changes(planned(base, path), "mlp.experts.up_proj")
-    assert change.transposed is transposed
 
 
 def test_parameters_of_equal_shapes_go_by_the_order_of_their_definition(tmp_path):

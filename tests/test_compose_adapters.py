@@ -228,13 +228,16 @@ def test_extraction_of_less_is_the_nearest(home, tmp_path):
 
 
 def test_extraction_of_conv1d(tmp_path):
-    """GPT-2 stores [in, out], and PEFT's A and B do not."""
-    for name, value in (("base", 0.0), ("tuned", 1.0)):
-        write_model(tmp_path / name, {"h.c_attn.weight": torch.full((6, 18), value)}, model_type="gpt2")
-    extract(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out", rank=1)
-    assert load(tmp_path / "out")[f"{PREFIX}h.c_attn.lora_A.weight"].shape == (1, 6)
-    got = merged(tmp_path, tmp_path / "merged", tmp_path / "out")
-    assert torch.allclose(got["h.c_attn.weight"], torch.ones(6, 18), atol=1e-5)
+    """GPT-2 stores [in, out], and PEFT's A and B do not; its head is a linear layer."""
+    shapes = {"h.c_attn": (6, 18), "h.c_proj": (6, 6), "lm_head": (9, 6)}
+    tuned = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    for name, factor in (("base", 0.0), ("tuned", 1.0)):
+        state = {key: value * factor for key, value in tuned.items()}
+        write_model(tmp_path / name, state, model_type="gpt2", tie_word_embeddings=False)
+    extract(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out", rank=6)
+    held, got = load(tmp_path / "out"), merged(tmp_path, tmp_path / "merged", tmp_path / "out")
+    assert all(held[f"{PREFIX}{name}.lora_A.weight"].shape == (6, 6) for name in shapes)
+    assert all(torch.allclose(got[key], value, atol=1e-5) for key, value in tuned.items())
 
 
 def test_what_cannot_be_extracted_is_refused(home, tmp_path):
@@ -257,6 +260,26 @@ def test_what_cannot_be_extracted_is_refused(home, tmp_path):
     assert "tensor 'k.weight': I64 changed, which no adapter holds" in refused(whole)
     more = tuned(home, tmp_path / "more", extra=torch.ones(2))
     assert "lacks tensor 'extra'" in refused(more)
+
+
+def test_quantised_models_are_not_extracted(tmp_path):
+    """Codes without their scales have no difference that means anything."""
+    for name, value in (("base", 1.0), ("tuned", 2.0)):
+        state = {"q.weight": torch.full((8, 8), value).to(torch.float8_e4m3fn)}
+        write_model(tmp_path / "codes" / name, state)
+        write_model(tmp_path / "said" / name, {"q.weight": torch.full((8, 8), value)})
+    (tmp_path / "said" / "tuned" / "config.json").write_text('{"quantization_config": {}}')
+    for folder, says in (("codes", "'q.weight': F8_E4M3 changed"), ("said", "a quantization_config;")):
+        with pytest.raises(ValueError, match=says):
+            extract(*(str(tmp_path / folder / n) for n in ("base", "tuned")), tmp_path / "out", rank=1)
+
+
+def test_differences_below_float32_are_seen(tmp_path):
+    wide = torch.ones(8, 8, dtype=torch.float64)
+    for name, value in (("base", 0.0), ("tuned", 1e-9)):
+        write_model(tmp_path / name, {"q.weight": wide + value})
+    made = extract(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out", rank=1)
+    assert made.errors["q.weight"] < 1e-6
 
 
 def test_a_config_is_read_as_strictly_as_a_merge_s(home, tmp_path):

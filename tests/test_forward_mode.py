@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import jacfwd, jvp, vmap
+from torch.func import jacfwd, jvp
 
 import pykernels as pk
 
@@ -139,11 +139,3 @@ def test_a_tangent_is_refused_where_it_would_be_dropped(name, learned):
             jvp(call, (X,), (T,))
         with forward_ad.dual_level():
             assert call(X) is not None
-
-
-def test_vmap_maps_or_says_that_it_does_not():
-    batch = torch.stack([X, T])
-    for op in (pk.softmax, pk.log_softmax, pk.logsumexp):
-        assert torch.equal(vmap(op)(batch), op(batch))
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for pykernels::lora_linear"):
-        vmap(lambda x: pk.lora_linear(x, W, A, B, scaling=1.0))(batch)

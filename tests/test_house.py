@@ -53,7 +53,7 @@ FLOORS = (
         "ref",
     ),
     ("rows", "low_rank", "dora_norm_torch"),
-    ("_C", "_cuda", "cut", "grouping", "memory"),
+    ("_C", "_cuda", "cut", "grouping", "memory", "uncast"),
 )
 """From the top down; a module may import from its own floor and those below. "engine": the rest of it."""
 

@@ -87,6 +87,8 @@ MERGE = [
 
 DORA = LoRA(A, B, 1.0, M)
 COMPOSE = [
+    (lambda: pk.compose_lora([LoRA(A.int(), B, 1.0)], 1.0), T,
+     "adapters[0].A must be float32, bfloat16, float16 or float64, got torch.int32"),
     (lambda: pk.compose_lora(GOOD, 1.0), T, "adapters must be a sequence of LoRA, got one LoRA"),
     (lambda: pk.compose_lora([], 1.0), V, "adapters must hold at least one LoRA, got none"),
     (lambda: compose(LoRA(None, B, 1.0)), T, "adapters[0].A must be a tensor, got NoneType"),

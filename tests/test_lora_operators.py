@@ -39,6 +39,31 @@ def test_opcheck(grouped):
     opcheck(OPS.lora_linear_backward.default, back)
 
 
+def test_opcheck_of_the_norms():
+    pk.dora_norm  # noqa: B018
+    c = layer(1, 5, 6, [2], torch.bfloat16)
+    opcheck(OPS.dora_norm.default, (c.weight, *c.adapters[0][:2], torch.tensor([0.5], dtype=torch.float64)))
+
+
+def test_dora_in_one_graph():
+    c = layer(5, 4, 6, [2], torch.float32)
+    a, b = (t.clone().requires_grad_() for t in c.adapters[0][:2])
+    m = torch.linspace(1, 2, 4, requires_grad=True)
+
+    def run(x, scaling):
+        scale = m / pk.dora_norm(c.weight, a, b, scaling)
+        return pk.lora_linear(x, c.weight, a, b, scaling=scaling, column_scale=scale)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = torch.compile(run, fullgraph=True, backend=counter)
+    for scaling in (0.5, 0.25, 2.0, 3.5):
+        grads = [torch.autograd.grad(f(c.x, scaling), (a, b, m), c.grad) for f in (graph, run)]
+        for got, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert counter.frame_count <= 2
+
+
 def test_whole_graphs_give_the_same_bits_and_gradients():
     c, (x, weight, a, b, _, index, bias, _, _) = arguments(torch.bfloat16, grouped=True)
     scale = torch.linspace(-1, 2, 4, requires_grad=True)
@@ -60,7 +85,7 @@ def test_whole_graphs_give_the_same_bits_and_gradients():
 
 def test_one_compilation_more_per_quantity_and_one_for_size_one():
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def run(x, weight, a, b, scaling):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -115,6 +116,29 @@ def test_float32_and_adapters_in_halves(tmp_path):
     adapters = [tmp_path / "adapter"]
     theirs = merged_by_peft(kind, tmp_path / "base", adapters, tmp_path / "theirs", torch.float32)
     assert same(ours(tmp_path / "base", adapters, tmp_path / "out", "peft"), theirs)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_converted_residuals_belong_to_the_base(tmp_path, start):
+    """What PEFT trained beside a residual and saved as a change of the base merges to the trained model."""
+    write_base("llama", tmp_path / "base", torch.float32)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+    model = get_peft_model(read_base("llama", tmp_path / "base", torch.float32), config)
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's documentation saves the start
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += torch.randn(parameter.shape) / 4
+    model.save_pretrained(tmp_path / "residual")
+    with pytest.raises(ValueError, match=f"init_lora_weights: '{start}': the adapter belongs to what"):
+        merge(adapter_recipe(str(tmp_path / "base"), [str(tmp_path / "residual")]), tmp_path / "out")
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=tmp_path / "start")
+    got = ours(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "once")
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    for name, tensor in load(tmp_path / "theirs").items():
+        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
 def test_peft_loads_what_is_composed(tmp_path):

@@ -140,6 +140,8 @@ CASES = [
     (lambda: ties(out=X.int()), T, f"ties_merge: out must be {FLOATS}, got torch.int32"),
     (lambda: ties(out=HALF, out_dtype=torch.float32), T,
      "ties_merge: out must have out_dtype torch.float32, got"),
+    (lambda: ties(out=torch.zeros(4, requires_grad=True)), V,
+     "ties_merge: out must not require grad, as no gradient is defined: pass out.detach()"),
     (lambda: ties(out=Y), V, "ties_merge: out must have the inputs' shape [4], got [5]"),
     (lambda: ties(out=META), V,
      "ties_merge: out must be a dense tensor with data, got torch.strided on meta"),

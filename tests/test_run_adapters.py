@@ -99,6 +99,31 @@ def test_a_tensor_that_must_be_whole_needs_memory_for_it(tmp_path):
     merged(tmp_path, tmp_path / "out", "a", memory="1MB")
 
 
+def test_factors_of_all_adapters_need_memory_for_them(tmp_path):
+    """Their sum is rounded once, so they are all there at once; laid out and packed where they are halves."""
+    write_model(tmp_path / "base", {"model.q_proj.weight": torch.ones(30, 4000)})
+    tensors = factors("model.q_proj", 30, 4000, rank=16)
+    write_adapter(tmp_path / "a", tensors, r=16)
+    write_adapter(tmp_path / "half", {k: v.half() for k, v in tensors.items()}, r=16)
+    need = 2 * 16 * 4 * (5 * 4030 + 5 * 2 * 4030)
+    with pytest.raises(ValueError, match=rf"at least {need} bytes for tensor .*, for the factors of its"):
+        merged(tmp_path, tmp_path / "out", *["a", "half"] * 5, memory=need - 1)
+    assert not (tmp_path / "out").exists()
+    merged(tmp_path, tmp_path / "out", *["a", "half"] * 5, memory=need)
+
+
+def test_deltas_that_a_later_norm_needs_need_memory_too(tmp_path):
+    write_model(tmp_path / "base", {"model.q_proj.weight": torch.ones(300, 400)})
+    tensors = factors("model.q_proj", 300, 400)
+    write_adapter(tmp_path / "a", tensors)
+    norms = {"model.q_proj.lora_magnitude_vector": torch.ones(300)}
+    write_adapter(tmp_path / "dora", {**tensors, **norms}, use_dora=True)
+    for names, copies in ((["a"] * 5, 4), (["dora", "a", "a"], 6), (["a", "a", "dora"], 8)):
+        need = 4 * copies * 300 * 400
+        with pytest.raises(ValueError, match=f"at least {need} bytes"):
+            merged(tmp_path, tmp_path / "out", *names, rounding="peft", memory=need - 1)
+
+
 def test_verify_recomputes_and_finds_one_bit(home, tmp_path, monkeypatch):
     merged(home, tmp_path / "out", *ALL)
     report = verify(tmp_path / "out", samples=20)

@@ -77,3 +77,11 @@ def test_adapters_take_no_more(tmp_path: Path) -> None:
     }
     assert grown({**base, "models": [model]}, tmp_path / "two", "8MB") <= 8_000_000 + 24_000_000
     assert same(load(tmp_path / "alone"), load(tmp_path / "two"))
+
+
+def test_roundings_of_peft_take_no_more_for_more_adapters(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", {"model.q_proj.weight": torch.randn(2000, 2000).bfloat16()})
+    write_adapter(tmp_path / "a", factors("model.q_proj", 2000, 2000))
+    model = {"model": "+".join([str(tmp_path / "base"), *[str(tmp_path / "a")] * 8])}
+    made = {"merge_method": "passthrough", "models": [model], "rounding": "peft"}
+    assert grown(made, tmp_path / "out", "64MB") <= 64_000_000 + 24_000_000

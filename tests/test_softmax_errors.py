@@ -40,6 +40,9 @@ ERRORS = [
     (lambda op: op(X, out=X.half()), R, "out must have the result's dtype torch.float32, got torch.float16"),
     (lambda op: op(X, out=X.t()), V, "out must have x's shape [2, 3], got [3, 2]"),
     (lambda op: op(X, out=X.to("meta")), V, "out must be a dense tensor with data, got torch.strided on me"),
+    (lambda op: op(X, out=torch.zeros(1, 3).expand(2, 3)), R,
+     "out must have a place for every element, got strides [0, 1]"),
+    (lambda op: op(X, out=torch.zeros(2, 3, requires_grad=True)), V, "out must not require grad"),
     (lambda op: op(torch.zeros(2, requires_grad=True), out=torch.zeros(2)), V,
      "out must be None where a gradient is asked for"),
 ]  # fmt: skip

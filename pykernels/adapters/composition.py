@@ -86,13 +86,17 @@ class Composition:
         method, _, density, _ = self._how
         share = [(m, w) for m, w in zip(target.members, weights, strict=True) if BIAS in m.tensors]
         if not share:
-            return torch.zeros(target.members[0].shapes[1])
+            return torch.zeros(target.members[0].shapes[1], dtype=torch.float32, device="cpu")
         deltas = [m.scaling * self._read(m.tensors[BIAS]).double().view(1, -1) for m, _ in share]
         given = [w for _, w in share]
         if method in DENSE:
             seed = self._seed(f"{target.name}.bias")
             return merged_delta(method, [d.float() for d in deltas], given, density or 0.0, seed).view(-1)
-        return sum((w * d for w, d in zip(given, deltas, strict=True)), torch.zeros(())).view(-1).float()
+        return (
+            sum((w * d for w, d in zip(given, deltas, strict=True)), torch.zeros((), device="cpu"))
+            .view(-1)
+            .float()
+        )
 
     def _loras(self, member: Member) -> list[LoRA]:
         """The change in float32, [r, in] and [out, r]; one per expert."""

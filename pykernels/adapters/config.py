@@ -46,6 +46,8 @@ VARIANTS: Mapping[str, str] = {
 LARGEST = 2.0**127
 """Of alphas and scalings: float32 holds them."""
 
+STARTS = ("gaussian", "eva", "orthogonal")
+"""Initialisations by name that leave the base as it is."""
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Beginnings of initialisations that take a part out of the base: the adapter belongs to what they left."""
 
@@ -141,20 +143,15 @@ class _Reader:
 
     def _refuse_variants(self) -> None:
         for key, value in self._found.items():
-            if (
-                key in HONOURED
-                or key in WITHOUT_EFFECT
-                or value is None
-                or value is False
-                or value in ({}, [])
-            ):
-                continue
+            empty = value is None or value is False or value == [] or (value == {} and key not in VARIANTS)
+            if empty or key in HONOURED or key in WITHOUT_EFFECT:
+                continue  # {} asks for a variant with its default settings
             why = VARIANTS.get(
                 key, "not a switch of PEFT 0.21.2, and it may change what the adapter computes"
             )
             self._refuse(key, value, why)
         start = self._found.get("init_lora_weights", True)
-        if start == "mica":
+        if str(start).lower() == "mica":
             self._refuse("init_lora_weights", start, "MiCA is a variant of its own")
         if isinstance(start, str) and start.lower().startswith(RESIDUAL):
             why = (
@@ -162,6 +159,10 @@ class _Reader:
                 "path_initial_model_for_weight_conversion, which makes it one of the base itself"
             )
             self._refuse("init_lora_weights", start, why)
+        if not isinstance(start, bool | None) and str(start).lower() not in STARTS:
+            self._refuse(
+                "init_lora_weights", start, "not known here, and it may have taken a part out of the base"
+            )
 
     def _flag(self, key: str) -> bool:
         value = self._found.get(key, False)

@@ -12,8 +12,17 @@ from typing import NoReturn
 
 import torch
 
+from pykernels.adapters.conv1d import MODEL_TYPES, is_conv1d
 from pykernels.adapters.write import Made, check_out, write_adapter
-from pykernels.engine.files import Checkpoint, FileError, TensorInfo, open_checkpoint, resolve_model, shown
+from pykernels.engine.files import (
+    MERGEABLE,
+    Checkpoint,
+    FileError,
+    TensorInfo,
+    open_checkpoint,
+    resolve_model,
+    shown,
+)
 from pykernels.engine.layers import natural
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.matching import EMBEDDINGS
@@ -26,8 +35,6 @@ POSITIONS = (
     "position_embeddings.weight",
     "token_type_embeddings.weight",
 )
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose linear layers store [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,25 @@ def extract(base: str, tuned: str, out: str | Path, *, rank: int, allow_download
     refused by name.
 
     Raises:
-        ValueError: a FileError naming the tensor; a config.json that is none; a rank below 1; models of
-            different tensors or shapes.
+        ValueError: a FileError naming the tensor, or a quantised model; a config.json that is none; a rank
+            below 1; models of different tensors or shapes.
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     paths = [resolve_model(name, allow_download=allow_download) for name in (base, tuned)]
     models = [open_checkpoint(path) for path in paths]
     check_out(Path(out), paths)
+    configs = [read_config(path) for path in paths]
+    for path, config in zip(paths, configs, strict=True):
+        if "quantization_config" in config:
+            raise FileError(
+                f"{shown(path, 300)}: its config has a quantization_config; adapters are differences of "
+                "float tensors, dequantise the models first"
+            )
     _check_same(models[0], models[1])
     inputs = Inputs({**models[0].files, **models[1].files})
     try:
-        found = _Extraction(models[0], models[1], inputs, str(read_config(paths[0]).get("model_type", "")))
+        found = _Extraction(models[0], models[1], inputs, str(configs[0].get("model_type", "")))
         for name in sorted(models[0].tensors, key=natural):
             found.take(name, rank)
         return found.write(Path(out), base)
@@ -78,7 +92,7 @@ class _Extraction:
         self._base = base.tensors
         self._tuned = tuned.tensors
         self._inputs = inputs
-        self._turned = model_type in CONV1D
+        self._type = model_type
         self._made = Made()
         self._errors: dict[str, float] = {}
         self._vectors: list[str] = []
@@ -91,8 +105,8 @@ class _Extraction:
             if one is None and self._differs(base, tuned):
                 self._refuse(base, "a scalar changed, which no adapter holds")
             return
-        for info, tensor in ((base, one), (tuned, other)):
-            if not tensor.dtype.is_floating_point:
+        for info in (base, tuned):
+            if info.dtype not in MERGEABLE:
                 self._refuse(info, f"{info.dtype} changed, which no adapter holds")
         if len(base.shape) == 1:
             self._vectors.append(name)
@@ -101,12 +115,13 @@ class _Extraction:
                 base, f"{list(base.shape)} changed, and only weights of modules have a low-rank form here"
             )
         else:
-            self._factor(name, base.shape, other.float() - one.float(), rank)
+            wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+            self._factor(name, base.shape, (other.to(wide) - one.to(wide)).float(), rank)
 
     def _factor(self, name: str, shape: tuple[int, ...], delta: torch.Tensor, rank: int) -> None:
         module = name.removesuffix(".weight")
         embedding = len(shape) == 2 and any(f".{name}".endswith(f".{t}") for t in (*EMBEDDINGS, *POSITIONS))
-        turned = embedding or (self._turned and len(shape) == 2)
+        turned = embedding or (len(shape) == 2 and is_conv1d(self._type, module) is True)
         if not delta.isfinite().all():
             self._refuse(self._tuned[name], "differs from the base's by NaN or infinite elements")
         wanted = delta.t().contiguous() if turned else delta
@@ -145,7 +160,7 @@ class _Extraction:
         config = self._made.config(
             base_model_name_or_path=base,
             bias="lora_only" if biases else "none",
-            fan_in_fan_out=self._turned,
+            fan_in_fan_out=self._type in MODEL_TYPES,
             modules_to_save=saved or None,
         )
         nbytes = write_adapter(out, self._made, config, self._inputs)

@@ -14,6 +14,7 @@ from pykernels.adapters import experts
 from pykernels.adapters.change import ADD, REPLACE, ROWS, VECTOR, Change
 from pykernels.adapters.checkpoint import Adapter
 from pykernels.adapters.config import LARGEST
+from pykernels.adapters.conv1d import is_conv1d
 from pykernels.adapters.keys import BIAS, MAGNITUDE, TOKENS, A, B, Parts
 from pykernels.adapters.pairs import check_pair, refuse
 from pykernels.engine.files import MERGEABLE
@@ -71,6 +72,8 @@ class _Resolver:
         self._base = base
         self._found = Resolved()
         self._tails: dict[str, list[str]] = {}
+        self._stored_as: set[bool] = set()
+        self._by_flag: list[TensorInfo] = []
 
     def run(self) -> Resolved:
         """Copies first: a base layer's copy is what the rest is added to."""
@@ -90,7 +93,18 @@ class _Resolver:
                 nested.setdefault(parts.module, []).append(parts)
         for levels in nested.values():
             self._parameters(levels)
+        self._check_flag()
         return self._found
+
+    def _check_flag(self) -> None:
+        """PEFT goes by the kind of a layer and corrects the flag, which then holds for the last one only."""
+        said = self._config.fan_in_fan_out
+        if self._by_flag and (not said) in self._stored_as:
+            refuse(
+                self._by_flag[0],
+                f"fan_in_fan_out is {str(said).lower()}, other layers of the base lie the other way round, "
+                "and nothing tells how this square one lies",
+            )
 
     def _named(self, name: str) -> TensorInfo | None:
         """The base's tensor of a name, its tied twin, or the only one that differs in leading parts alone."""
@@ -201,9 +215,7 @@ class _Resolver:
         conv = len(found.shape) > 2
         columns, rows = prod(a.shape[1:]), b.shape[0]
         flat = (found.shape[0], prod(found.shape[1:]))
-        # PEFT goes by the kind of a layer and corrects the flag, which then holds for the last one only.
-        turned = flat == (columns, rows) and (columns != rows or self._config.fan_in_fan_out)
-        transposed = parts.embedding or (turned and not conv)
+        transposed = parts.embedding or (not conv and flat == (columns, rows) and self._turned(parts, flat))
         stored = (columns, rows) if transposed else (rows, columns)
         if len(found.shape) < 2 or flat != stored or prod(b.shape[1:]) != a.shape[0]:
             refuse(
@@ -211,6 +223,8 @@ class _Resolver:
                 f"A {list(a.shape)} and B {list(b.shape)} make a change of {list(stored)}, the base's "
                 f"{shown(found.name)} is {list(found.shape)}",
             )
+        if not conv and not parts.embedding and rows != columns:
+            self._stored_as.add(transposed)
         tensors = [a, b]
         if MAGNITUDE in parts.tensors:
             tensors.append(self._magnitude(parts.tensors[MAGNITUDE], rows))
@@ -223,6 +237,15 @@ class _Resolver:
         )
         if BIAS in parts.tensors:
             self._bias(parts, scaling)
+
+    def _turned(self, parts: Parts, flat: tuple[int, int]) -> bool:
+        """Whether a layer whose matrix is the transpose of B A's shape, or square, stores [in, out]."""
+        if flat[0] != flat[1]:
+            return True
+        known = is_conv1d(self._base.model_type, parts.module)
+        if known is None:
+            self._by_flag.append(parts.tensors[A])
+        return self._config.fan_in_fan_out if known is None else known
 
     def _magnitude(self, info: TensorInfo, rows: int) -> TensorInfo:
         if prod(info.shape) != rows:

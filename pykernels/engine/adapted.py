@@ -23,7 +23,7 @@ from pykernels.engine.shard import TensorInfo
 from pykernels.engine.units import Adapted
 from pykernels.ops.lora import LoRA
 from pykernels.ops.merge_lora import merge_lora
-from pykernels.ops.merge_lora_peft import Layer, delta
+from pykernels.ops.merge_lora_peft import Layer, delta, last_dora
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -88,7 +88,7 @@ class AdaptedTensors:
         found = []
         step = source.shape[1] if source.is_stack else source.rows
         for begin, stop in cut_at(first, end, step):
-            like = torch.empty(stop - begin, 0, dtype=torch.float64)
+            like = torch.empty(stop - begin, 0, dtype=torch.float64, device="cpu")
             if source.whole and not source.is_stack:
                 lora = _oriented(self._lora(change, like.dtype), change.transposed)
                 lora = lora._replace(B=lora.B[change.offset :][begin:stop])
@@ -166,7 +166,7 @@ class AdaptedTensors:
         if rounding == "peft":
             weight = weight.clone()
             for scaling, bias in added:
-                weight += bias.float() * scaling
+                weight += bias.to(_wide(weight.dtype)) * scaling
             return weight
         return sum((s * bias.double() for s, bias in added), weight.double()).to(weight.dtype)
 
@@ -219,10 +219,12 @@ class AdaptedTensors:
     def _as_peft(self, group: Sequence[Change], source: Adapted, weight: torch.Tensor) -> torch.Tensor:
         """PEFT's operations in PEFT's order on matrices of PEFT's shapes, for the same bits."""
         layer = Layer(weight, _turned(group))
-        for change in group:
+        last = last_dora([c if len(c.tensors) > 2 else None for c in group])
+        for i, change in enumerate(group):
             moved = self._delta(change, source).reshape(-1, source.columns)[change.offset :][: len(weight)]
             magnitude = self._lora(change, weight.dtype).magnitude
-            layer.merge(moved.to(weight.dtype) if change.rounded else moved, magnitude)
+            layer.merge(moved.to(weight.dtype) if change.rounded else moved, magnitude, kept=i < last)
+            del moved
         return layer.weight
 
     def _delta(self, change: Change, source: Adapted) -> torch.Tensor:

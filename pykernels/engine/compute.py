@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from pykernels.engine.arena import Arena
-from pykernels.engine.files import TORCH_DTYPE, shown
+from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.passes import (
     BLOCK,
@@ -25,8 +25,6 @@ from pykernels.methods import METHODS, Method, Statistic
 
 CHUNK_BYTES = 8 << 20
 MIN_MEMORY = 1_000_000
-WHOLE_COPIES = 4
-"""Copies in float32 that a merge of a whole adapted tensor may hold at once: product, sum, norm, result."""
 LEAST_WHOLE = 32 << 20
 """Bytes of output up to which a tensor is worth computing at once even in the smallest merges."""
 
@@ -53,8 +51,7 @@ class Budget:
         """``chunk`` bytes of output at a time; a tensor of up to ``whole`` bytes may be computed at once.
 
         The ring then holds two of the largest, so that one is computed while the other is written.
-        Raises ValueError for less memory than the smallest chunks need, or (``strict``) than a tensor that
-        must be whole.
+        Raises ValueError for less memory than the smallest chunks need.
         """
         check_memory(memory)
         method = METHODS[plan.method]
@@ -72,21 +69,6 @@ def check_memory(memory: int) -> None:
     """Raise ValueError for less than the smallest chunks need."""
     if memory < MIN_MEMORY:
         raise ValueError(f"memory must be at least {MIN_MEMORY} bytes, got {memory}")
-
-
-def check_wholes(plan: Plan, memory: int) -> None:
-    """Raise ValueError for an adapted tensor that must be whole and does not fit."""
-    for out in plan.outputs:
-        for source in out.sources:
-            if (
-                isinstance(source, Adapted)
-                and source.whole
-                and (need := WHOLE_COPIES * 4 * out.numel) > memory
-            ):
-                raise ValueError(
-                    f"memory must be at least {need} bytes for tensor {shown(out.name)}, which must be "
-                    f"whole (rounding peft, or norms of columns), got {memory}"
-                )
 
 
 def _longest_row(plan: Plan) -> int:
@@ -224,8 +206,8 @@ class Compute:
 
     def _widened(self, place: int, chunk: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         while len(self._wide) <= place:
-            self._wide.append(torch.empty(0, dtype=torch.uint8))
+            self._wide.append(torch.empty(0, dtype=torch.uint8, device="cpu"))
         need = chunk.numel() * dtype.itemsize
         if self._wide[place].numel() < need:
-            self._wide[place] = torch.empty(need, dtype=torch.uint8)
+            self._wide[place] = torch.empty(need, dtype=torch.uint8, device="cpu")
         return self._wide[place][:need].view(dtype).copy_(chunk)

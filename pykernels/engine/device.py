@@ -108,7 +108,7 @@ class Cuda:
     def pinned(self, nbytes: int) -> torch.Tensor:
         """``nbytes`` bytes of page-locked host memory (a power of two: torch takes no other size)."""
         with torch.cuda.device(self.torch_device):
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> Mark:
         """Copy up, on the first stream."""

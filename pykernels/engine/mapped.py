@@ -47,7 +47,7 @@ class MappedFile:
     def tensor(self, start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         """Bytes ``start`` to ``end`` as a 1-D tensor that aliases the file, at any alignment; read-only."""
         if end == start:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self._map, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
 
     def drop(self, start: int, end: int) -> None:

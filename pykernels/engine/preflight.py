@@ -26,7 +26,7 @@ def check_place(plan: Plan, out: Path, *, overwrite: bool) -> None:
     """OUT must be new or empty (unless ``overwrite``), no input's directory, with room. Else OutputError."""
     real = Path(os.path.realpath(out))
     for model in plan.models:
-        holders = {os.path.realpath(model.path)}
+        holders = {os.path.realpath(path) for path in (model.path, *model.adapters)}
         holders |= {str(Path(os.path.realpath(file)).parent) for file in model.identities}
         if str(real) in holders:
             raise OutputError(

@@ -37,7 +37,7 @@ class _Memory:
         self, nbytes: int, dtype: torch.dtype, tensor: int | None, *, last: bool = False
     ) -> torch.Tensor:
         """Fresh memory."""
-        self.pieces.append(torch.empty(nbytes // dtype.itemsize, dtype=dtype))
+        self.pieces.append(torch.empty(nbytes // dtype.itemsize, dtype=dtype, device="cpu"))
         return self.pieces[-1]
 
 
@@ -146,14 +146,14 @@ def _count_inputs(output: Output, inputs: Inputs, exact: Inputs) -> int:
 def _room(source: Source, inputs: Inputs, first: int, count: int) -> torch.Tensor:
     if isinstance(source, Adapted):
         return adapted_slack(inputs.adapted, source, first, count)
-    return torch.zeros(count, dtype=torch.float64)
+    return torch.zeros(count, dtype=torch.float64, device="cpu")
 
 
 def _differ(written: torch.Tensor, reference: torch.Tensor, slack: torch.Tensor) -> int:
     """How many elements differ by more than one unit in the last place and ``slack``."""
     w, r = written.double(), reference.double()
     info = torch.finfo(written.dtype)
-    place = torch.maximum(r.abs(), torch.tensor(info.tiny, dtype=torch.float64)) * info.eps
+    place = torch.maximum(r.abs(), torch.tensor(info.tiny, dtype=torch.float64, device="cpu")) * info.eps
     near = (w - r).abs() <= place + slack
     return int((~(near | (w == r) | (w.isnan() & r.isnan()))).sum())
 

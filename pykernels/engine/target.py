@@ -9,8 +9,9 @@ import torch
 
 from pykernels import backends
 from pykernels.adapters.change import ADD
-from pykernels.engine.compute import Budget, Compute, check_wholes
+from pykernels.engine.compute import Budget, Compute
 from pykernels.engine.device import Accelerator, open_devices
+from pykernels.engine.least_memory import check_adapted
 from pykernels.engine.mapped import Inputs
 from pykernels.engine.offload import Offload
 from pykernels.engine.passes import is_adapted
@@ -62,7 +63,7 @@ class Target:
 
     def budget(self, plan: Plan, memory: int) -> Budget | DeviceBudget:
         """How the memory is shared out. Raises ValueError for less than is needed."""
-        check_wholes(plan, memory)
+        check_adapted(plan, memory)
         if not self._devices:
             return Budget.of(plan, memory)
         return DeviceBudget.of(plan, memory, self._allowed, len(self._devices), self._merge_adapters())

@@ -14,6 +14,7 @@ from pykernels.ops.lora import LoRA
 from pykernels.ops.low_rank_svd import truncate, truncate_product
 from pykernels.ops.ties_merge import ties_merge
 from pykernels.ops.trim import trim
+from pykernels.uncast import uncast
 
 OP = "compose_lora"
 DENSE = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
@@ -23,6 +24,7 @@ _MODERATE = 1e20
 float32."""
 
 
+@uncast
 def compose_lora(
     adapters: Sequence[LoRA],
     weights: float | Sequence[float],
@@ -149,7 +151,7 @@ def _linear(adapters: Sequence[LoRA], share: list[float]) -> LoRA:
     signed = [math.copysign(r, c) for r, c in zip(root, share, strict=True)]
     factors = []
     for weights, tensors in ((signed, [a.A for a in adapters]), (root, [a.B for a in adapters])):
-        column = torch.tensor(weights, device=tensors[0].device).view(-1, 1, 1)
+        column = torch.tensor(weights, dtype=torch.float32, device=tensors[0].device).view(-1, 1, 1)
         factors.append((torch.stack(tensors) * column).sum(0).to(tensors[0].dtype))
     return LoRA(factors[0], factors[1], 1.0)
 
@@ -202,7 +204,7 @@ def _nearest(adapters: Sequence[LoRA], truncated: Callable[[], tuple[torch.Tenso
     try:
         A, B = truncated()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        A = B = torch.tensor(torch.nan)
+        A = B = torch.tensor(torch.nan, device="cpu")
     if not all(bool(end.isfinite()) for factor in (A, B) if factor.numel() for end in factor.aminmax()):
         raise ValueError(f"{OP}: the sum must have singular values that float32 holds, got larger ones")
     dtype = adapters[0].A.dtype

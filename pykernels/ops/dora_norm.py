@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
-from pykernels import backends, check, check_lora
+from pykernels import backends, check, check_lora, library
 
 OP = "dora_norm"
 
@@ -35,11 +36,41 @@ def dora_norm(
     Raises:
         ValueError, TypeError, NotImplementedError (sparse weight): an argument breaks a rule above.
     """
+    weight, lora_A, lora_B = (library.constant(t) for t in (weight, lora_A, lora_B))
+    if not library.needed(weight, lora_A, lora_B):
+        _examine(weight, lora_A, lora_B)
+        return _norm(weight, lora_A, lora_B, check.number(OP, "scaling", scaling))
+    if not is_compiling():
+        scaling = check.number(OP, "scaling", scaling)
+    return library.call(OP, None, weight, lora_A, lora_B, library.numbers([scaling]))
+
+
+def _examine(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
     check.matrix(OP, "weight", weight, weight, ["out", "in"])
     if weight.dtype not in check.FLOAT_DTYPES:
         raise TypeError(f"{OP}: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
     check_lora.factors(OP, ("lora_A", "lora_B"), weight, weight, lora_A, lora_B)
-    s = check.number(OP, "scaling", scaling)
+
+
+def _norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = backends.call(OP, weight)(weight.resolve_neg(), lora_A, lora_B, s)
+        result: torch.Tensor = backends.call(OP, weight)(weight.resolve_neg(), lora_A, lora_B, scaling)
         return result
+
+
+def _run(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor
+) -> torch.Tensor:
+    _examine(weight, lora_A, lora_B)
+    return _norm(weight, lora_A, lora_B, float(scaling))
+
+
+def _fake(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: torch.Tensor
+) -> torch.Tensor:
+    _examine(weight, lora_A, lora_B)
+    kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.new_empty(weight.shape[0], dtype=kind)
+
+
+library.define(OP, "Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling", _run, _fake, out=False)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from pykernels.uncast import uncast
+
 
 class LoRA(NamedTuple):
     """The update ``scaling * B @ A`` of a weight [out, in]; with ``magnitude`` it is DoRA's.
@@ -32,6 +34,7 @@ class LoRA(NamedTuple):
         return cls(A, B, alpha / math.sqrt(len(A)), magnitude)
 
     @classmethod
+    @uncast
     def xs(cls, A: torch.Tensor, R: torch.Tensor, B: torch.Tensor, scaling: float = 1.0) -> LoRA:
         """``scaling * B @ R @ A`` with R [r, r] between frozen factors (LoRA-XS: Bałazy et al., 2024)."""
         wide = torch.promote_types(A.dtype, torch.float32)

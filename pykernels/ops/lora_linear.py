@@ -79,10 +79,10 @@ def lora_linear(
     if not library.needed(x, weight, lora_A, lora_B, bias):
         key = (_drawn() if seed is None else check.seed(OP, seed)) if drops else 0
         return lora_pass.forward(x, weight, [(lora_A, lora_B, scaling)], None, bias, threshold, key)[0]
-    factor = torch.full((1,), scaling, dtype=torch.float64)
+    factor = library.numbers([scaling])
     key_tensor = None
     if drops:
-        key_tensor = _draw() if seed is None else torch.full((), library.signed(check.seed(OP, seed)))
+        key_tensor = _draw() if seed is None else _written(library.signed(check.seed(OP, seed)))
     return lora_pass.operator(x, weight, [lora_A], [lora_B], factor, None, bias, threshold, key_tensor)
 
 
@@ -96,7 +96,11 @@ def _scaled(y: torch.Tensor, column_scale: torch.Tensor, bias: torch.Tensor | No
 
 
 def _draw() -> torch.Tensor:
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def _written(seed: int) -> torch.Tensor:
+    return torch.full((), seed, dtype=torch.int64, device="cpu")
 
 
 def _drawn() -> int:

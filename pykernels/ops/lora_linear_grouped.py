@@ -58,7 +58,7 @@ def lora_linear_grouped(
         each = [(a.A, a.B, float(a.scaling)) for a in given]
         flat = lora_pass.examined(OP, index, len(given))
         return lora_pass.forward(x, weight, each, flat, bias)[0]
-    scaling = torch.cat([torch.full((1,), a.scaling, dtype=torch.float64) for a in given] or [torch.empty(0)])
+    scaling = library.numbers([a.scaling for a in given])
     return lora_pass.operator(x, weight, lora_a, lora_b, scaling, index.reshape(-1), bias)
 
 

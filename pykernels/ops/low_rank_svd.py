@@ -105,9 +105,9 @@ def truncate(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
         root = s[:rank].sqrt()
         return _padded(root[:, None] * v[:rank], u[:, :rank] * root, rank)
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     width = rank + max(_EXTRA, rank // 4)
-    start = torch.randn(delta.shape[1], width, generator=random, dtype=torch.float32)
+    start = torch.randn(delta.shape[1], width, generator=random, dtype=torch.float32, device="cpu")
     basis = torch.linalg.qr(delta @ start.to(delta)).Q
     whole = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
     missed = whole

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from pykernels import backends, check, check_lora, library
 from pykernels.ops.lora import LoRA
 from pykernels.ops.merge_lora_peft import merge_as_peft
+from pykernels.uncast import uncast
 
 OP, IN_ORDER = "merge_lora", "merge_in_order"
 ROUNDINGS = ("once", "peft")
@@ -99,11 +100,11 @@ Split: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, l
 def _split(adapters: Sequence[LoRA]) -> Split:
     """A, B, scaling, and the magnitudes with their adapters' numbers: what a schema can say.
 
-    The scalings are a tensor [n], float64: a list of numbers would be compiled in, each time anew.
+    The scalings are a tensor: a list of numbers would be compiled in, each time anew.
     """
     dora = [i for i, a in enumerate(adapters) if a.magnitude is not None]
     magnitude = [a.magnitude for a in adapters if a.magnitude is not None]
-    scaling = torch.tensor([a.scaling for a in adapters], dtype=torch.float64, device="cpu")
+    scaling = library.numbers([a.scaling for a in adapters])
     return [a.A for a in adapters], [a.B for a in adapters], scaling, magnitude, dora
 
 
@@ -179,6 +180,7 @@ def _setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any)
     ctx.fan_in_fan_out = keyword_only_inputs["fan_in_fan_out"]
 
 
+@uncast
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     """With G the gradient [out, in]: G itself, s * B.T @ G and s * G @ A.T."""
     scaling, *factors = ctx.saved_tensors
@@ -192,6 +194,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     return grad, by_A, by_B, None, [], []  # no magnitude where a gradient is asked for
 
 
+@uncast
 def _tangent(
     y: torch.Tensor, primals: Any, tangents: Any, *, fan_in_fan_out: bool, rounding: str
 ) -> torch.Tensor:

@@ -53,8 +53,8 @@ def softmax(
         ``mask`` and a ``sink`` that is a tensor.
 
     Raises:
-        ValueError, TypeError, IndexError, RuntimeError (dtype of out), NotImplementedError (sparse x): an
-        argument breaks a rule above; the text names it and its value.
+        ValueError, TypeError, IndexError, RuntimeError (dtype of out, or out that overlaps itself),
+        NotImplementedError (sparse x): an argument breaks a rule above; the text names it and its value.
     """
     plain = softcap is None and safe is False and type(temperature) is float and temperature == 1.0
     if plain and mask is None and sink is None and dtype is None and not is_dynamo_compiling():

@@ -91,26 +91,13 @@ def _writable(out: torch.Tensor, x: torch.Tensor, options: Options) -> bool:
     """Whether kernels may fill ``out`` as it lies: contiguous, and in no input's memory unless in place."""
     if not out.is_contiguous() or out.is_neg():
         return False
-    if not apart(out, x):
+    if not check.apart(out, x):
         inplace = out.data_ptr() == x.data_ptr() and out.dtype == x.dtype and _readable(x, x.dtype)
         if not inplace:
             return False
-    return (options.mask is None or apart(out, options.mask)) and (
-        options.sink is None or apart(out, options.sink)
+    return (options.mask is None or check.apart(out, options.mask)) and (
+        options.sink is None or check.apart(out, options.sink)
     )
-
-
-def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors surely share no memory."""
-    return _end(a) <= b.data_ptr() or _end(b) <= a.data_ptr()
-
-
-def _end(tensor: torch.Tensor) -> int:
-    """The address behind a tensor's last element."""
-    if tensor.is_contiguous():
-        return tensor.data_ptr() + tensor.nbytes
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def rows_of(tensor: torch.Tensor, at: int) -> torch.Tensor:
