@@ -3,7 +3,7 @@
 ``pykernels._C`` always; ``pykernels._cuda`` where there is an nvcc (``CUDACXX``, on the PATH, or NVIDIA's
 wheels); ``pykernels._cuda_emulated``, the CUDA kernels on the host for tests, with PYKERNELS_EMULATED=1.
 PYKERNELS_REQUIRE_NATIVE=1 and PYKERNELS_REQUIRE_CUDA=1 make a failure an error, PYKERNELS_CUDA=0 leaves CUDA
-out.
+out. CUDAARCHS=90-real compiles for one device alone, in a third of the time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+MANY_CORES = 8
+"""From so many on all modules are built at once: each waits long for its slowest file alone."""
 CPU, CUDA, EMULATED = "pykernels._C", "pykernels._cuda", "pykernels._cuda_emulated"
 MEANWHILE = {
     CPU: "the references will serve, which are far slower. Install a C++17 compiler and reinstall.",
@@ -54,17 +57,22 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         """Build what can be built; what cannot is left out with a warning, unless it is required."""
-        built = []
-        for extension in self.extensions:
-            try:
-                self.build_extension(extension)
-                built.append(extension)
-            except (OSError, subprocess.CalledProcessError) as error:
-                if asked(REQUIRED[extension.name]):
-                    raise
-                text = f"WARNING: {extension.name} could not be built ({error}); {MEANWHILE[extension.name]}"
-                print(text, file=sys.stderr)
-        self.extensions = built
+        at_once = len(self.extensions) if (os.cpu_count() or 1) >= MANY_CORES else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            built = list(pool.map(self.attempt, self.extensions))
+        self.extensions = [e for e, done in zip(self.extensions, built, strict=True) if done]
+
+    def attempt(self, extension: Extension) -> bool:
+        """Whether a module could be built; one that is required must."""
+        try:
+            self.build_extension(extension)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if asked(REQUIRED[extension.name]):
+                raise
+            text = f"WARNING: {extension.name} could not be built ({error}); {MEANWHILE[extension.name]}"
+            print(text, file=sys.stderr)
+            return False
+        return True
 
     def get_source_files(self) -> list[str]:
         """The sources CMake reads, so that an sdist holds them."""

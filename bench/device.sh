@@ -9,9 +9,10 @@
 # PYKERNELS_COMMIT names the commit.
 #
 # Every step ends after its own time, and the whole after 580 s (bench/device_steps.py):
-#   wheels 5 + device 15 + build 105 + tests 90 + large 25 + memcheck 40 + racecheck 40 + table 35 +
-#   softmax 55 + lora 80 + traffic 25 + peers 30 + llama 30 + targets 5
-# The build is expected to take 60 to 100 s; what a step leaves over, nobody needs.
+#   wheels 5 + device 40 + build 95 + tests 120 + memcheck 40 + racecheck 30 + table 30 + softmax 55 +
+#   lora 80 + traffic 25 + peers 20 + llama 30 + targets 5, then large 25 and memcheck-triton 25
+# The first two need seconds once files are in memory; the build compiles for the one device, in 40 to 70 s by
+# what its slowest files take. The last two have what the others leave over.
 #
 # Exit status: 0 when all steps passed or were refused by a tool, 1 when one failed, 3 without a device.
 set -euo pipefail

@@ -29,6 +29,8 @@ NO_DEVICE = 3
 RUN = "run.json"
 """The record so far, in the folder of work: the last step judges it."""
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected|xfailed)\b")
+_PATIENCE = 45
+"""Seconds of one test, after which its process ends: a kernel that waits for ever must not hold the rest."""
 _REFUSED = re.compile(
     r"Device not supported|Unable to find (?:a )?compute-sanitizer|not supported on this|ERR_NVGPUCTRPERM"
 )
@@ -60,14 +62,17 @@ def steps(work: Path) -> list[Step]:
     python = sys.executable
     wheels = sorted(str(path) for path in (ROOT / "wheels").glob("*.whl"))
     pip = [python, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check"]
-    parallel = importlib.util.find_spec("xdist") is not None
-    ready = ("device", "build")
+    ready, architecture = ("device", "build"), _architecture()
 
-    def pytest(workers: int, *arguments: str) -> list[str]:
-        """A file that cannot be collected must not keep the others from running."""
+    def pytest(workers: int, only: str) -> list[str]:
+        """A file that cannot be collected, and a fault that ends a process, must not keep the others."""
         command = [python, "-m", "pytest", "--import-mode=importlib", "--continue-on-collection-errors"]
-        command += ["-p", "no:cacheprovider", *(["-n", str(workers)] if parallel else [])]
-        return [*command, *arguments, "tests"]
+        command += ["-p", "no:cacheprovider", "-m", only]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(workers), "--max-worker-restart", "200"]
+        if importlib.util.find_spec("pytest_timeout"):
+            command += ["--timeout", str(_PATIENCE), "--timeout-method", "thread"]
+        return [*command, "tests"]
 
     def bench(name: str, seconds: float) -> Step:
         out = work / f"{name}.json"
@@ -75,14 +80,14 @@ def steps(work: Path) -> list[Step]:
         options = ["--out", str(out), "--seconds", f"{seconds - 12:g}"]
         return Step(name, [*command, *options], seconds, ready, result=out)
 
-    def sanitizer(tool: str) -> Step:
+    def sanitizer(tool: str, backend: str, name: str, seconds: float) -> Step:
         found = shutil.which("compute-sanitizer", path=_search_path()) or "compute-sanitizer"
-        cases = [python, "-m", "pykernels.bench.sanitize_cases"]
+        cases = [python, "-m", "pykernels.bench.sanitize_cases", "--backend", backend]
         # torch and Triton ask CUDA things that it may refuse, which is no error of a kernel.
         quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [found, "--tool", tool, *quiet, "--error-exitcode", "9", *cases]
         # Without its cache torch asks the driver for each tensor, so that one byte past its end is seen.
-        return Step(tool, command, 40, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
+        return Step(name, command, seconds, ready, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool=found)
 
     probe = [python, "bench/device_probe.py", str(work / "probe.json")]
     ncu = shutil.which("ncu", path=_search_path()) or "ncu"
@@ -91,22 +96,24 @@ def steps(work: Path) -> list[Step]:
     return [
         Step("wheels", [*pip, "--no-index", "--no-compile", "--target", str(work / "site"), *wheels], 5,
              absent="" if wheels else "no folder wheels", always=True),
-        Step("device", probe, 15, result=work / "probe.json", always=True),
-        Step("build", [*pip, "--no-build-isolation", "-e", "."], 105, ("device",),
-             {"PYKERNELS_REQUIRE_NATIVE": "1", "PYKERNELS_REQUIRE_CUDA": "1"}),
-        Step("tests", pytest(12), 90, ready, {"OMP_NUM_THREADS": "2"}),
-        Step("large", pytest(4, "-m", "large"), 25, ready, {"PYKERNELS_LARGE": "1"}),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        bench("table", 35),
+        Step("device", probe, 40, result=work / "probe.json", always=True),
+        Step("build", [*pip, "--no-build-isolation", "-e", "."], 95, ("device",),
+             {"PYKERNELS_REQUIRE_NATIVE": "1", "PYKERNELS_REQUIRE_CUDA": "1"} | architecture),
+        # "long": what is compiled ahead of time for three architectures needs no device.
+        Step("tests", pytest(15, "not long"), 120, ready, {"OMP_NUM_THREADS": "2"} | architecture),
+        sanitizer("memcheck", "cuda", "memcheck", 40),
+        sanitizer("racecheck", "cuda", "racecheck", 30),
+        bench("table", 30),
         bench("softmax", 55),
         bench("lora", 80),
         Step("traffic", [*counts, "--out", str(work / "traffic.json")], 25, ready, tool=ncu,
              result=work / "traffic.json"),
-        bench("peers", 30),
+        bench("peers", 20),
         bench("llama", 30),
         Step("targets", [*targets, str(work / RUN), str(work / "targets.json")], 5, ready,
              result=work / "targets.json"),
+        Step("large", pytest(3, "large"), 25, ready, {"PYKERNELS_LARGE": "1"}),
+        sanitizer("memcheck", "triton", "memcheck-triton", 25),
     ]  # fmt: skip
 
 
@@ -213,6 +220,16 @@ def scrub(text: str) -> str:
         if len(place) > 1:
             text = text.replace(place, word)
     return text
+
+
+def _architecture() -> dict[str, str]:
+    """What has the build compile for this device alone; nothing where nobody knows."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=15).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {"CUDAARCHS": said.replace(".", "") + "-real"} if re.fullmatch(r"\d+\.\d", said) else {}
 
 
 def _search_path() -> str:

@@ -45,10 +45,11 @@ def measure(part: str, clock: Clock, left: Callable[[], float], save: Callable[[
 
 
 def _lora(clock: Clock, left: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Layers, merges, and the layers' compiled rivals last."""
-    yield from gpu_lora.measure(gpu_lora.CASES, clock, left=left)
+    """Layers in inference, merges, training steps and the rest, and the layers' compiled rivals last."""
+    yield from gpu_lora.measure(gpu_lora.CASES[: gpu_lora.FIRST], clock, left=left)
     yield from gpu_lora_merge.measure(clock, left=left)
     yield from gpu_lora_whole.measure(clock, left=left)
+    yield from gpu_lora.measure(gpu_lora.CASES[gpu_lora.FIRST :], clock, left=left)
     yield from gpu_lora.measure(gpu_lora.COMPILED, clock, left=left)
 
 

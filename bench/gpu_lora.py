@@ -42,14 +42,16 @@ _TRAINING = ("peft", "addmm_", "unsloth", "lorafusion")
 CASES = (
     *(_case(_SERVING, rows, rank) for rows in (2048, 8192) for rank in (16, 64)),
     *(_case(_SERVING, rows) for rows in (1, 8, 32)),
+    _case(("peft", "vllm"), 32, adapters=32),
     _case(_TRAINING, 8192, step=True),
     _case(("peft", "addmm_", "lorafusion"), 8192, step=True, dropout=0.1),
-    _case(("peft", "vllm"), 32, adapters=32),
     _case(("peft", "vllm"), 32, adapters=32, mixed=True),
     *(_case(_SERVING, 512, rank) for rank in (16, 64)),
     _case(("without magnitude", "peft"), 2048, dora=True),
 )
 """First what the targets are set for."""
+FIRST = 8
+"""Those of inference, before merges are measured: kernels of the others take the compiler long."""
 _COMPILED = (lora_rivals.COMPILED,)
 COMPILED = (
     _case(_COMPILED, 8192, step=True),

@@ -1,7 +1,7 @@
 """Registers and stack of every CUDA kernel in the built module, per architecture, without a GPU.
 
 ``python -m pykernels.bench.registers`` prints the table and fails where a kernel has a stack (it spills), or
-where an architecture that should have been compiled is missing.
+where an architecture that should have been compiled is missing: those of CUDAARCHS, or all.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from pathlib import Path
 
 import pykernels
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MODULE = "pykernels._cuda"
 
 Usage = dict[str, dict[str, tuple[int, int]]]
 """Kernel -> architecture -> (registers a thread, bytes of stack)."""
+
+
+def architectures() -> list[str]:
+    """Those for which CMake compiles: what CUDAARCHS names, such as 90-real, or all three."""
+    named = os.environ.get("CUDAARCHS") or "80;90;100"
+    return [f"sm_{arch.partition('-')[0]}" for arch in named.split(";")]
 
 
 def built() -> Path | None:
@@ -82,14 +87,13 @@ def main() -> int:
     tool = triton.knobs.nvidia.cuobjdump.path
     command = [tool, "--dump-resource-usage", str(path)]
     table = usage(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f"{'CUDA kernel':<40}" + "".join(f"{arch:>8} regs stack" for arch in ARCHITECTURES))
+    wanted = architectures()
+    print(f"{'CUDA kernel':<40}" + "".join(f"{arch:>8} regs stack" for arch in wanted))
     failures = []
     for kernel, by_arch in sorted(table.items()):
-        cells = [by_arch.get(arch) for arch in ARCHITECTURES]
+        cells = [by_arch.get(arch) for arch in wanted]
         print(f"{kernel:<40}" + "".join(f"{c[0]:>13}{c[1]:>6}" if c else f"{'-':>13}{'-':>6}" for c in cells))
-        failures += [
-            f"{kernel}: {a}: {c}" for a, c in zip(ARCHITECTURES, cells, strict=True) if not c or c[1]
-        ]
+        failures += [f"{kernel}: {a}: {c}" for a, c in zip(wanted, cells, strict=True) if not c or c[1]]
     if not table:
         failures.append(f"{path.name} holds no kernels")
     print(*(f"spills or is missing: {failure}" for failure in failures), sep="\n", file=sys.stderr)

@@ -151,29 +151,41 @@ ROWS: dict[str, Row] = {
 """What each row of ``backends.TABLE`` is called with; a list of results to compare."""
 
 
-def run(device: torch.device, say: Callable[[str], None] = print) -> int:
-    """Every row on every backend and dtype; returns how many gave other bits than the CPU's."""
+def run(device: torch.device, say: Callable[[str], None] = print, only: str | None = None) -> int:
+    """Every row on every backend, or ``only`` one, and dtype; returns how many gave other bits than the CPU.
+
+    What fails is named; it ends the run where the device cannot be used any more.
+    """
     wrong = 0
-    for backend in able():
+    for backend in [only] if only else able():
         for dtype in (torch.bfloat16, torch.float32):
             for shape in SHAPES:
                 on_cpu = make(Spec(shape, dtype, 3), seed=5)
                 x = Inputs(*_placed(on_cpu, device))
-                for op, row in ROWS.items():
+                for op in ROWS:
                     if backend not in backends.TABLE[op]:
                         continue
-                    with pykernels.use_backend("cpu"):
-                        wanted = row(backends.call(op, on_cpu.base), on_cpu)
-                    with pykernels.use_backend(backend):
-                        got = row(backends.call(op, x.base), x)
-                    same = all(_same(op, g.cpu(), w) for g, w in zip(got, wanted, strict=True))
-                    wrong += not same
-                    if not same:
-                        about = f"{op} on {backend}, {dtype}, {shape[1]} elements"
-                        say(f"{about}: not what the CPU's kernels give")
+                    if why := _differs(op, backend, x, on_cpu):
+                        wrong += 1
+                        say(f"{op} on {backend}, {dtype}, {shape[1]} elements: {why}")
+                        if device.type == "cuda":
+                            torch.cuda.synchronize(device)
             wrong += _groups(backend, dtype, device, say)
         say(f"{backend}: every row ran")
     return wrong
+
+
+def _differs(op: str, backend: str, x: Inputs, on_cpu: Inputs) -> str:
+    """What is wrong with a row's results, or nothing."""
+    with pykernels.use_backend("cpu"):
+        wanted = ROWS[op](backends.call(op, on_cpu.base), on_cpu)
+    try:
+        with pykernels.use_backend(backend):
+            got = [g.cpu() for g in ROWS[op](backends.call(op, x.base), x)]
+    except RuntimeError as error:
+        return str(error)
+    same = all(_same(op, g, w) for g, w in zip(got, wanted, strict=True))
+    return "" if same else "not what the CPU's kernels give"
 
 
 def _same(op: str, got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -208,7 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """1 where any result is wrong."""
     parser = argparse.ArgumentParser(prog="python -m pykernels.bench.sanitize_cases")
     parser.add_argument("--device", default="cuda")
-    return int(run(torch.device(parser.parse_args(arguments).device)) > 0)
+    parser.add_argument("--backend", help="one instead of all")
+    given = parser.parse_args(arguments)
+    return int(run(torch.device(given.device), only=given.backend) > 0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,9 @@ collect_ignore: list[str] = []
 def _emulate_cuda() -> None:
     """Without a device the CUDA kernels run on the host, thread by thread, and Triton's interpreted."""
     if torch.cuda.is_available():
+        # Bounds take torch's products to be summed up in float32, parts of a split sum too.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         return
     os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
@@ -73,11 +77,38 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"{why}: pip install -e . first, or PYKERNELS_BACKEND=ref for the references")
 
 
+ON_DEVICE = re.compile(r"test_(device|cuda|triton|run_device)(_|\.)")
+"""Files whose tests run a device's kernels."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the cases marked ``large`` unless PYKERNELS_LARGE=1; those marked ``long`` start first."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """Deselects the cases marked ``large`` unless PYKERNELS_LARGE=1; those marked ``long`` start first.
+
+    On a device, whose time is short, its own tests start before those that any machine runs.
+    """
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("long") is None,
+            torch.cuda.is_available() and not ON_DEVICE.match(item.path.name),
+        )
+    )
     if os.environ.get("PYKERNELS_LARGE") == "1":
         return
     large = [item for item in items if item.get_closest_marker("large")]
     items[:] = [item for item in items if item not in large]
     config.hook.pytest_deselected(items=large)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A fault on the device makes every later call of the process fail: a worker ends, and another goes on.
+
+    What the test said has been sent by then; of one that passed, the worker's end is the report.
+    """
+    result = yield
+    if os.environ.get("PYTEST_XDIST_WORKER") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result

@@ -51,6 +51,9 @@ def test_a_spill_and_a_missing_architecture_are_seen(monkeypatch, capsys, tmp_pa
     assert registers.main() == 1
     said = capsys.readouterr().err
     assert "merge<bf16, KeepLarge, Weighted>: sm_90: (79, 8)" in said and "sample<float>: sm_80: None" in said
+    monkeypatch.setenv("CUDAARCHS", "90-real")
+    assert registers.main() == 1
+    assert "sm_80" not in (said := capsys.readouterr().err) and "sm_90: (79, 8)" in said
 
 
 def test_without_the_module_the_table_says_so(monkeypatch, capsys):

@@ -45,8 +45,10 @@ SHAPES = [
     (1, 1, 1, "default"), (1, 129, 257, "clusters"), (16, 33, 31, "default"), (17, 8, 128, "no clusters"),
     (31, 32, 33, "clusters"), (33, 130, 65, "clusters"), (65, 24, 129, "default"), (5, 513, 24, "default"),
 ]  # fmt: skip
+if not EMULATED:
+    SHAPES += [(1, 4100, 4200, "default"), (8, 1024, 4096, "default"), (40, 2049, 24, "default")]
 """Sides of: tiles of products (8, 16), a chunk of columns (32), a tile of rows (32), draws (128), a block's
-columns (512 in the gradients), staged rows (64)."""
+columns (512 in the gradients), staged rows (64); on a device clusters of eight, two and four blocks."""
 
 
 @pytest.fixture(autouse=True)
@@ -150,10 +152,11 @@ def test_what_names_no_adapter_becomes_nan(m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize(("m", "ranks"), [(3, [5, 3]), (40, [17, 3])], ids=str)
 @pytest.mark.skipif(not EMULATED, reason="only the emulation runs backwards or without clusters")
-def test_bits_depend_neither_on_the_order_of_threads_nor_on_clusters(m, dtype):
-    c = layer(m, 70, 140, [17, 3], dtype, grouped=True)
+def test_bits_depend_neither_on_the_order_of_threads_nor_on_clusters(m, ranks, dtype):
+    """Of few ranks every block of a cluster adds up all of low by itself."""
+    c = layer(m, 70, 140, ranks, dtype, grouped=True)
     everything = []
     orders = (("clusters", False, False), ("clusters", True, True), ("no clusters", True, False))
     for where, reverse, warps in orders:

@@ -52,6 +52,11 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+/// Arrives without a word on memory, as one who has used all that he read of others and hands nothing over:
+/// after `cluster_wait` all blocks may leave. A release would wait for everything that was written so far.
+__device__ __forceinline__ void cluster_leave() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 /// The same variable in the shared memory of another block of the cluster, by its rank: with clusters along
 /// x, blockIdx.x modulo their size.
 template <class P>
@@ -63,6 +68,7 @@ __device__ __forceinline__ const P* of_block(const P* mine, int rank) {
 #else  // never reached: nothing is launched in clusters there
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void cluster_leave() {}
 template <class P>
 __device__ __forceinline__ const P* of_block(const P* mine, int) {
   return mine;
@@ -83,6 +89,7 @@ inline int thread_asked() { return int(threadIdx.x); }
 inline float power_of_2(float x) { return std::exp2(x); }
 inline void cluster_arrive() { emulated::block.cluster_arrive(); }
 inline void cluster_wait() { emulated::block.cluster_wait(); }
+inline void cluster_leave() { emulated::block.cluster_arrive(); }
 template <class P>
 const P* of_block(const P* mine, int rank) {
   const char* own = emulated::block.shared(emulated::block.rank());

@@ -20,7 +20,8 @@ inline void check(cudaError_t error) {
   throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error));
 }
 
-/// Starts a kernel on the caller's stream. `shared`: bytes of dynamic shared memory.
+/// Starts a kernel on the caller's stream. `shared`: bytes of dynamic shared memory, of which one kernel has
+/// to ask for the same at every call where it is more than 32 KiB (see launch_clusters).
 template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
             std::common_type_t<P>... arguments) {

@@ -350,7 +350,8 @@ template <class T>
 void select(const Launch& l, bool keep_equals) {
   const unsigned n = unsigned(l.n), jobs = unsigned(l.jobs);
   const int64_t sampled_keys = l.largest < kSample ? l.largest : kSample;
-  launch(sample<T>, dim3(n, jobs), kSampleThreads, size_t(sampled_keys) * 4, l.stream, l.table);
+  launch_clusters(sample<T>, dim3(n, jobs), kSampleThreads, size_t(sampled_keys) * 4, kSample * 4, 1,
+                  l.stream, l.table);
   launch(count<T>, dim3(unsigned(l.tiles)), kThreads, 0, l.stream, l.table);
   const unsigned parts = unsigned((capacity_of(l.largest) + kPart - 1) / kPart);
   if (parts > 0) {

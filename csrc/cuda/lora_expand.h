@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_eight(const LoraRows& job, int64_t row, in
   Raw<O, 8> raw;
 #pragma unroll
   for (int e = 0; e < 8; e++) narrow(value[e], raw.x + e);
-  O* to = static_cast<O*>(job.out) + (row * job.n + col);
+  char* to = static_cast<char*>(job.out) + (row * job.n + col) * int64_t(sizeof(O));  // at any address
   if (job.out_alignment == kVectors && col + 8 <= job.n) {
 #pragma unroll
     for (int i = 0; i < int(sizeof(raw) / 16); i++)
@@ -45,7 +45,7 @@ __device__ __forceinline__ void store_eight(const LoraRows& job, int64_t row, in
   } else {
 #pragma unroll
     for (int e = 0; e < 8; e++)
-      if (col + e < job.n) memcpy(static_cast<void*>(to + e), raw.x + e, sizeof(O));
+      if (col + e < job.n) memcpy(to + e * int64_t(sizeof(O)), raw.x + e, sizeof(O));
   }
 }
 

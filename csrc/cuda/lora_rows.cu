@@ -3,19 +3,22 @@
 // each other's shared memory, then each writes a slice of the result's columns. Without clusters: two
 // launches. Traffic: reads x once and a tile's adapter from the L2 once a tile, writes out and low once: (m k
 // + m n) * sizeof(T). One pass; x and out are what the frozen product reads and adds to next. Predicted on an
-// H200: m (k + n) * 2 bytes / 4.3 TB/s, 31 us at m = 8192, k = n = 4096; at m = 1 about 3 us, three latencies
-// of memory and two barriers of a cluster.
+// H200: m (k + n) * 2 bytes / 4.3 TB/s, 31 us at m = 8192, k = n = 4096; at m = 1 about 3 us, two latencies
+// of memory (a block asks for all that it will read at once), one of another block's and a barrier.
 #include <algorithm>
 
 #include "cluster.h"
 #include "lora_expand.h"
 #include "softmax.h"
+#include "stage.h"
 
 namespace pk::cuda {
 namespace {
 
 constexpr int64_t kMostShared = 97 << 10;  // any device from sm_80 on has as much; float32 takes it all
 constexpr int kDrawsBytes = kWarps * kWarpRows * drawn_bytes(kDrawn);
+constexpr int64_t kFewRows = 512;  // more of them find factors in the L2, where those before brought them
+constexpr int kAsked = 8;          // sectors of a matrix that a thread asks for at the most
 
 /// How a launch deals its work: block b is member b % cluster of cluster b / cluster; `groups` clusters share
 /// a tile and all of them find its low.
@@ -27,44 +30,102 @@ struct RowsDeal {
   float* partial;  // between the stages: [tile][member][tile rows][padded rank]
 };
 
+/// Whether every block of a cluster adds up all of a small low by itself, which takes one barrier instead of
+/// two. Not where `planes` are written anew while others may still read them.
+PK_HD bool adds_alone(const RowsDeal& deal, int rank, int side) {
+  return deal.cluster > 1 && side != kWritten && deal.tile_rows * padded(rank) <= 2 * kThreads;
+}
+
 /// Where things lie in a block's shared memory, in bytes. Draws lie where nothing else does at that time.
 struct RowsRoom {
-  int64_t planes, total, staged, bytes;
+  int64_t adapter, planes, total, staged, bytes;
 };
 PK_HD RowsRoom room_of(const RowsDeal& deal, int rank, int side, int parts) {
   const int64_t area = int64_t(deal.tile_rows) * padded(rank);
   const auto at_least = [](int64_t a, int64_t b) { return a > b ? a : b; };
   RowsRoom room;
-  room.planes = deal.tile_rows * 8;
+  room.adapter = deal.tile_rows * 8;
+  room.planes = room.adapter + (sizeof(Adapter) + 15) / 16 * 16;
   room.total =
       room.planes + at_least(planes_of(deal.tile_rows, rank) * 4, side == kWritten ? kDrawsBytes : 0);
-  room.staged = room.total + (deal.cluster > 1 ? area * 4 / deal.cluster : 0);
+  const int own = adds_alone(deal, rank, side) ? 1 : deal.cluster;
+  room.staged = room.total + (deal.cluster > 1 ? area * 4 / own : 0);
   room.bytes = room.staged + at_least(parts * area * 2, side == kRead ? kDrawsBytes : 0);
   return room;
 }
 
-/// low of a tile, all of it in every block: `total` holds a block's slice, `planes` what its columns gave.
+/// low of a tile: all of it in a block's own `total`, or a slice of it in every block's.
 struct Low {
   const float* total;
-  int slice;
-  __device__ float operator()(int e) const { return of_block(total, e / slice)[e % slice]; }
+  int slice;  // 0: all of it is here
+  __device__ float operator()(int e) const {
+    return slice ? of_block(total, e / slice)[e % slice] : total[e];
+  }
 };
 
-/// Adds up what the blocks of a cluster have in `planes`, in the order of the blocks.
+/// Element e of all blocks' `planes`, added up in the order of the blocks; all are asked for at once.
+__device__ __forceinline__ float sum_blocks(const float* planes, int cluster, int e) {
+  float part[kLargestCluster], sum = 0;
+#pragma unroll
+  for (int b = 0; b < kLargestCluster; b++) part[b] = b < cluster ? of_block(planes, b)[e] : 0.0f;
+#pragma unroll
+  for (int b = 0; b < kLargestCluster; b++) sum += part[b];
+  return sum;
+}
+
+/// Adds up what the blocks of a cluster have in `planes`.
 __device__ __forceinline__ Low add_cluster(const RowsDeal& deal, const float* planes, float* total, int area,
-                                           int member) {
-  if (deal.cluster == 1) return {planes, area};
-  const int slice = area / deal.cluster;
+                                           int member, bool alone) {
+  if (deal.cluster == 1) return {planes, 0};
+  const int slice = alone ? area : area / deal.cluster, first = alone ? 0 : member * slice;
   cluster_arrive();
   cluster_wait();
-  for (int e = int(threadIdx.x); e < slice; e += kThreads) {
-    float sum = 0;
-    for (int b = 0; b < deal.cluster; b++) sum += of_block(planes, b)[member * slice + e];
-    total[e] = sum;
+  for (int e = int(threadIdx.x); e < slice; e += kThreads)
+    total[e] = sum_blocks(planes, deal.cluster, first + e);
+  if (alone) {
+    __syncthreads();
+    return {total, 0};
   }
   cluster_arrive();
   cluster_wait();
   return {total, slice};
+}
+
+/// The adapter in shared memory: loops read its numbers anew for every address, and arguments of a launch
+/// that are reached through a pointer lie as far away as any memory.
+__device__ __forceinline__ const Adapter* stage_adapter(const LoraRows& job, int number, char* shared) {
+  if (job.many)
+    copy_words<uint64_t>(shared, job.many + number, int(sizeof(Adapter)));
+  else
+    copy_words<uint64_t>(shared, job.few + number, int(sizeof(Adapter)));
+  return reinterpret_cast<const Adapter*>(shared);
+}
+
+/// Has columns begin .. end of `count` rows brought near, all at once: a warp's own loads would come from
+/// memory one latency after another. Only where a row lies side by side.
+template <class RowAt>
+__device__ __forceinline__ void ask_for_part(const Matrix& m, int count, int64_t begin, int64_t end,
+                                             RowAt row_at) {
+  if (m.col != 1 || begin >= end) return;
+  const int size = dtype_size(m.dtype), sectors = int(divide_up((end - begin) * size, 32));
+  const int all =
+      count < kAsked * kThreads / sectors ? count * sectors : kAsked * kThreads / sectors * sectors;
+  for (int i = int(threadIdx.x); i < all; i += kThreads)
+    ask_for(m.data + (row_at(i / sectors) * m.row + begin) * size + i % sectors * 32);
+}
+
+/// What a block will read: its columns of x, and of few rows its share of the factors.
+__device__ __forceinline__ void ask_for_all(const LoraRows& job, const RowsDeal& deal, const Adapter& adapter,
+                                            const int64_t* rows, int count, int64_t begin, int64_t end,
+                                            int64_t column) {
+  const int64_t left = job.n - column < deal.columns ? job.n - column : deal.columns;
+  if (deal.stage != kFinish) {
+    ask_for_part(job.x, count, begin, end, [&](int i) { return rows[i]; });
+    if (job.m <= kFewRows)
+      ask_for_part(adapter.down, adapter.rank, begin, end, [](int i) -> int64_t { return i; });
+  }
+  if (deal.stage != kSums && job.out && job.m <= kFewRows && left > 0)
+    ask_for_part(adapter.up, int(left), 0, adapter.rank, [&](int i) { return column + i; });
 }
 
 /// The same from a launch before.
@@ -76,7 +137,7 @@ __device__ __forceinline__ Low add_partial(const RowsDeal& deal, const float* pa
     planes[e] = sum;
   }
   __syncthreads();
-  return {planes, area};
+  return {planes, 0};
 }
 
 template <class Kind, class Up>
@@ -93,15 +154,16 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocks < Up::kBlocks ? Kind::
   const DealtRows dealt(job.m, job.places.adapters, job.rank);
   const Tile tile = find_rows(job.places, dealt, 0, t, 0, deal.tile_rows, row);
   if (tile.count == 0) return;
-  __syncthreads();
   const Adapter* adapter = nullptr;
-  if (tile.adapter >= 0) adapter = job.many ? job.many + tile.adapter : job.few + tile.adapter;
+  if (tile.adapter >= 0) adapter = stage_adapter(job, tile.adapter, shared + room.adapter);
+  __syncthreads();
   if (adapter) {
     const int width = padded(adapter->rank), area = deal.tile_rows * width;
     float* partial = deal.partial + t * deal.cluster * deal.tile_rows * padded(job.rank);
+    const int64_t begin = member * deal.slice, end = begin + deal.slice < job.k ? begin + deal.slice : job.k;
+    ask_for_all(job, deal, *adapter, row, tile.count, begin, end,
+                (group * deal.cluster + member) * deal.columns);
     if (deal.stage != kFinish) {
-      const int64_t begin = member * deal.slice,
-                    end = begin + deal.slice < job.k ? begin + deal.slice : job.k;
       shrink<Kind>(job, *adapter, row, tile.count, deal.tile_rows, begin, end, planes,
                    reinterpret_cast<uint8_t*>(staged));
     }
@@ -109,10 +171,10 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocks < Up::kBlocks ? Kind::
       for (int e = int(threadIdx.x); e < area; e += kThreads) partial[int64_t(member) * area + e] = planes[e];
       return;
     }
-    const Low low =
-        deal.stage == kFinish
-            ? add_partial(deal, partial, planes, area)
-            : add_cluster(deal, planes, reinterpret_cast<float*>(shared + room.total), area, member);
+    const Low low = deal.stage == kFinish
+                        ? add_partial(deal, partial, planes, area)
+                        : add_cluster(deal, planes, reinterpret_cast<float*>(shared + room.total), area,
+                                      member, adds_alone(deal, job.rank, job.drop.side));
     if (group == 0)
       for (int e = int(threadIdx.x) + member * kThreads; e < area; e += deal.cluster * kThreads)
         if (row[e / width] >= 0 && e % width < adapter->rank)
@@ -120,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, Kind::kBlocks < Up::kBlocks ? Kind::
     if (job.out) stage_parts(staged, deal.tile_rows, width, low_parts_of(job.out_dtype), low);
   }
   const bool shares = adapter && deal.stage == kWhole && deal.cluster > 1;
-  if (shares) cluster_arrive();
+  if (shares) cluster_leave();
   __syncthreads();
   const int64_t begin = (group * deal.cluster + member) * deal.columns;
   if (job.out && deal.stage != kSums)

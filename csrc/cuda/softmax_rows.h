@@ -85,7 +85,7 @@ __device__ __forceinline__ State join_cluster(State s, State* place, int cluster
   cluster_wait();
   s = lane < cluster ? *of_block(place, lane) : State::none();
   s = join_lanes(s, 32);
-  cluster_arrive();
+  cluster_leave();
   return s;
 }
 
