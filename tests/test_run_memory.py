@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,37 +16,51 @@ from tests.checkpoints import load, recipe, same, write_model
 
 MEASURE = """
 import sys, threading, time, torch
-import pykernels.engine.run as run
 def anonymous():
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-recipe, out, memory = sys.argv[1:]
-pykernels_ready = torch.randn(10).sort()
-peak, stop = [0], threading.Event()
-def watch():
-    while not stop.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-run.merge(recipe, out, memory=memory)
-stop.set()
-thread.join()
-print(peak[0] - before)
+def peak(run):
+    highest, stop = [0], threading.Event()
+    def watch():
+        while not stop.is_set():
+            highest[0] = max(highest[0], anonymous())
+            time.sleep(0.001)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run()
+    stop.set()
+    thread.join()
+    return highest[0]
+torch.randn(10).sort()
 """
+MERGE = """
+import pykernels.engine.run as run
+recipe, out, memory = sys.argv[1:]
+before = anonymous()
+print(peak(lambda: run.merge(recipe, out, memory=memory)) - before)
+"""
+EXTRACT = """
+from pykernels.adapters.extract import extract
+def run(home):
+    return peak(lambda: extract(f"{home}/base", f"{home}/tuned", f"{home}/out", rank=2))
+few, many = map(run, sys.argv[1:])
+print(many - few)
+"""
+
+
+def measured(code: str, *arguments: object, **environment: str) -> int:
+    """What a measurement prints in a fresh process."""
+    command = [sys.executable, "-c", MEASURE + code, *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+    return int(done.stdout)
 
 
 def grown(made: dict[str, Any], out: Path, memory: str) -> int:
     """Bytes of anonymous memory that a merge in a fresh process takes."""
     path = out.parent / "recipe.yml"
     path.write_text(json.dumps(made))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path), str(out), memory],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout)
+    return measured(MERGE, path, out, memory)
 
 
 def test_anonymous_memory(tmp_path: Path) -> None:
@@ -85,3 +100,18 @@ def test_roundings_of_peft_take_no_more_for_more_adapters(tmp_path: Path) -> Non
     model = {"model": "+".join([str(tmp_path / "base"), *[str(tmp_path / "a")] * 8])}
     made = {"merge_method": "passthrough", "models": [model], "rounding": "peft"}
     assert grown(made, tmp_path / "out", "64MB") <= 64_000_000 + 24_000_000
+
+
+def test_an_extraction_takes_no_more_for_more_layers(tmp_path: Path) -> None:
+    """One layer's difference at a time. Blocks of 64 KiB or more go back at once, as the heap's gaps would
+    hide what is held.
+    """
+    random = torch.Generator().manual_seed(1)
+    low = torch.randn(600, 2, generator=random) @ torch.randn(2, 800, generator=random)
+    for layers in (2, 8):
+        for name, change in (("base", 0.0), ("tuned", 0.1)):
+            weights = (torch.eye(600, 800) * i + change * low for i in range(layers))
+            state = {f"model.layers.{i}.q_proj.weight": weight for i, weight in enumerate(weights)}
+            write_model(tmp_path / str(layers) / name, state)
+    more = measured(EXTRACT, tmp_path / "2", tmp_path / "8", MALLOC_MMAP_THRESHOLD_="65536")
+    assert more <= low.nbytes
