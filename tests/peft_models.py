@@ -120,6 +120,11 @@ KINDS = {
     "convolutions": Kind("conv", _CONV),
     "convolutions, DoRA": Kind("conv", {**_CONV, "use_dora": True}),
     "experts of Mixtral": Kind("mixtral", _BOTH),
+    "router of Mixtral": Kind("mixtral", {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
+    "router and experts of Mixtral": Kind(
+        "mixtral", {"target_modules": [], "target_parameters": ["gate.weight", "experts.down_proj"]}
+    ),
+    "router of Qwen": Kind("qwen", {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}),
     "experts of Qwen": Kind("qwen", _BOTH),
     "experts of Qwen, one parameter": Kind("qwen", _ONE),
     "experts in one tensor": Kind("oss", _BOTH),

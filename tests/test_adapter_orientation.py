@@ -1,8 +1,9 @@
-"""Which way a layer of equal sides lies in its base: shapes do not tell, the model's type does."""
+"""Which way a layer lies in its base: of equal sides the model's type tells, and kernels have their order."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.adapter_files import PREFIX, factors, write_adapter
 from tests.test_adapters import changes, planned, refused, stack
@@ -37,3 +38,21 @@ def test_square_experts_go_by_the_model_s_type(tmp_path, model_type, transposed)
     )
     [change] = changes(planned(base, path), "mlp.experts.up_proj")
     assert change.transposed is transposed
+
+
+def test_convolutions_have_the_kernel_of_the_base(tmp_path):
+    """[3, 1] and [1, 3] have as many places."""
+    base = stack(tmp_path, {"conv.weight": (6, 8, 1, 3)})
+    for kernel in ((1, 3), (3, 1), (3,)):
+        tensors = {
+            "conv.lora_A.weight": torch.ones(4, 8, *kernel),
+            "conv.lora_B.weight": torch.ones(6, 4, 1, 1),
+        }
+        path = write_adapter(tmp_path / str(kernel), tensors)
+        if kernel == (1, 3):
+            assert len(changes(planned(base, path), "conv.weight")) == 1
+        else:
+            assert (
+                "A must have shape [4, 8, 1, 3], as the convolution 'conv.weight' has [6, 8, 1, 3], got "
+                f"{[4, 8, *kernel]}"
+            ) in refused(base, path)

@@ -23,7 +23,7 @@ SPLIT: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 """Matrices of one expert that a parameter is made of, from its first row on."""
-MOVED = (("mlp.experts", "block_sparse_moe.experts"),)
+MOVED = tuple((f"mlp.{part}", f"block_sparse_moe.{part}") for part in ("experts", "gate"))
 """Paths in transformers 5, and in the checkpoints that it reads."""
 IN_FIRST = ("gpt_oss", "aria", "openai_privacy_filter")
 """Model types that store [experts, in, out]; it only matters where in and out are equal."""
@@ -82,7 +82,8 @@ def _changes(
         return []
     scaling = config.scaling(f"{parts.module}.{parameter}", rank)
     change = Change(ADD, 0, (a, b), scaling, rounded=True, experts=experts)
-    info = base.get(f"{parts.module}.{parameter}")
+    names = [f"{home}.{parameter}" for home in _homes(parts.module)]
+    info = next((base[name] for name in names if name in base), None)
     if info is None:
         return _split(parameter, parts.module, change, (experts, rows, columns), base)
     out_first = info.shape == (experts, rows, columns) or (experts == 1 and info.shape == (rows, columns))
@@ -94,6 +95,11 @@ def _changes(
     return [(info.name, change)] if out_first else []
 
 
+def _homes(module: str) -> list[str]:
+    """Where a base may keep a module."""
+    return [module, *(module.removesuffix(a) + b for a, b in MOVED if f".{module}".endswith(f".{a}"))]
+
+
 def _split(
     parameter: str,
     module: str,
@@ -102,8 +108,7 @@ def _split(
     base: Mapping[str, TensorInfo],
 ) -> Changes:
     experts, rows, columns = shape
-    homes = [module, *(module.removesuffix(a) + b for a, b in MOVED if module.endswith(a))]
-    for home in homes:
+    for home in _homes(module):
         for parts in SPLIT.get(parameter, ()):
             if experts * len(parts) > len(base):  # whatever a header claims, no more than that is looked at
                 continue

@@ -87,7 +87,7 @@ class _Resolver:
             if parts.tensors.keys() == {TOKENS}:
                 continue
             check_pair(parts, self._config)
-            if parts.embedding or self._named(f"{parts.module}.weight") is not None:
+            if parts.embedding or self._is_layer(parts.module):
                 self._low_rank(parts)
             else:
                 nested.setdefault(parts.module, []).append(parts)
@@ -95,6 +95,12 @@ class _Resolver:
             self._parameters(levels)
         self._check_flag()
         return self._found
+
+    def _is_layer(self, module: str) -> bool:
+        """Whether PEFT takes the module as a layer, not its weight as a parameter (a router of a mixture)."""
+        name = f"{module}.weight"
+        targeted = "weight" in experts.parameters_of(module, self._config.target_parameters)
+        return self._named(name) is not None and not (targeted and name in self._base.tensors)
 
     def _check_flag(self) -> None:
         """PEFT goes by the kind of a layer and corrects the flag, which then holds for the last one only."""
@@ -213,6 +219,12 @@ class _Resolver:
         if groups != 1:
             refuse(b, f"belongs to a convolution of {groups:g} groups, which PEFT cannot merge either")
         conv = len(found.shape) > 2
+        if conv and a.shape[1:] != found.shape[1:]:
+            refuse(
+                a,
+                f"A must have shape {[a.shape[0], *found.shape[1:]]}, as the convolution {shown(found.name)} "
+                f"has {list(found.shape)}, got {list(a.shape)}",
+            )
         columns, rows = prod(a.shape[1:]), b.shape[0]
         flat = (found.shape[0], prod(found.shape[1:]))
         transposed = parts.embedding or (not conv and flat == (columns, rows) and self._turned(parts, flat))

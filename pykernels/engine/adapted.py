@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from pykernels import backends
 from pykernels.adapters.change import REPLACE, ROWS, VECTOR, Change
+from pykernels.engine.arena import Arena
 from pykernels.engine.factors import Factors, Pair
 from pykernels.engine.files import TORCH_DTYPE
 from pykernels.engine.shard import TensorInfo
@@ -54,6 +55,7 @@ class AdaptedTensors:
         self._read = read
         self._merge = merge
         self._held: dict[int, tuple[Adapted, torch.Tensor]] = {}
+        self._room: Arena | None = None
         self.factors = Factors(read)
         self._pieces = pieces or self.factors
         # Adapters are merged by the backend of whoever opened the files.
@@ -221,13 +223,15 @@ class AdaptedTensors:
         layer = Layer(weight, _turned(group))
         last = last_dora([c if len(c.tensors) > 2 else None for c in group])
         for i, change in enumerate(group):
-            moved = self._delta(change, source).reshape(-1, source.columns)[change.offset :][: len(weight)]
+            moved = self._delta(change, source, kept=i < last).reshape(-1, source.columns)[change.offset :][
+                : len(weight)
+            ]
             magnitude = self._lora(change, weight.dtype).magnitude
             layer.merge(moved.to(weight.dtype) if change.rounded else moved, magnitude, kept=i < last)
             del moved
         return layer.weight
 
-    def _delta(self, change: Change, source: Adapted) -> torch.Tensor:
+    def _delta(self, change: Change, source: Adapted, *, kept: bool) -> torch.Tensor:
         dtype = TORCH_DTYPE[source.dtype]
         if source.is_stack:
             loras = [self._lora(change, dtype, expert) for expert in range(change.experts)]
@@ -235,9 +239,17 @@ class AdaptedTensors:
         A, B, scaling, _ = self._lora(change, dtype)
         kernel = change.tensors[0].shape[2:]
         if prod(kernel) == 1:
-            return delta(A, B, scaling, change.transposed)
+            return delta(A, B, scaling, change.transposed, None if kept else self._place(B, A))
         inputs = A.view(change.tensors[0].shape).transpose(0, 1)
         return _CONV[len(kernel)](inputs, B.view(*B.shape, *(1 for _ in kernel))).transpose(0, 1) * scaling
+
+    def _place(self, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Memory for B A until the next is asked for: as blocks of the heap, these would leave gaps there."""
+        nbytes = len(B) * A.shape[1] * A.itemsize
+        if self._room is None or self._room.size < nbytes:
+            self._room = None  # before the next takes as much
+            self._room = Arena(nbytes)
+        return self._room.tensor(0, nbytes, A.dtype).view(len(B), -1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -20,13 +20,21 @@ _PIECE = 1 << 17
 
 
 @uncast
-def delta(A: torch.Tensor, B: torch.Tensor, scaling: float, fan_in_fan_out: bool) -> torch.Tensor:
-    """scaling * B @ A as PEFT computes and rounds it, [out, in] or transposed."""
-    return _scaled(_product(A, B, fan_in_fan_out), scaling, B)
+def delta(
+    A: torch.Tensor, B: torch.Tensor, scaling: float, fan_in_fan_out: bool, room: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scaling * B @ A as PEFT computes and rounds it, [out, in] or transposed. ``room``: where the product
+    may lie, [out, in] of its dtype.
+    """
+    return _scaled(_product(A, B, fan_in_fan_out, room), scaling, B)
 
 
-def _product(A: torch.Tensor, B: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
-    product = B.float() @ A.float() if _widened(B) else B @ A
+def _product(
+    A: torch.Tensor, B: torch.Tensor, fan_in_fan_out: bool, room: torch.Tensor | None = None
+) -> torch.Tensor:
+    if _widened(B):
+        A, B = A.float(), B.float()
+    product = torch.mm(B, A, out=room)
     return product.T if fan_in_fan_out else product
 
 
