@@ -120,8 +120,8 @@ PyObject* know_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return PyBool_FromLong(known.api != nullptr);
 }
 
-/// lend_tensors(type, forced, empty_like, written, threads, watches), `written` taking a tuple: whether rows
-/// of that type will be taken.
+/// lend_tensors(type, forced, empty_like, written, threads, watches), `written` a tensor and saying whether
+/// it counted a change: whether rows of that type will be taken.
 PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 6) return PyErr_Format(PyExc_TypeError, "lend_tensors: takes 6 arguments, got %zd", count);
   for (int i = 0; i < 6; i++) Py_INCREF(given[i]);
@@ -145,11 +145,11 @@ PyObject* like(PyObject* object, const Rows& x) {
   return made ? made : PyObject_CallOneArg(lent.empty_like, object);
 }
 
-/// Counts a change of a tensor; false with an error set.
+/// Counts a change of a tensor; false, with an error set or not, where torch allows none.
 bool written(PyObject* tensor) {
-  if (shortcuts && shortcuts.written(tensor)) return true;
-  const Held changed(PyTuple_Pack(1, tensor));
-  return changed.object && Held(PyObject_CallOneArg(lent.written, changed.object)).object;
+  if (shortcuts) return shortcuts.written(tensor);
+  const Held counted(PyObject_CallOneArg(lent.written, tensor));
+  return counted.object == Py_True;
 }
 
 /// The result over the last dimension of x; None, and nothing done, where a question is open.
@@ -165,7 +165,7 @@ PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
   if (!fresh) {
     if (given != object && !(lent.wants_no_gradient(given) && lent.holds_values(given))) Py_RETURN_NONE;
-    if (!written(given)) return nullptr;
+    if (!written(given)) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
   }
   return run(kind, y, x) ? Py_NewRef(out.object) : nullptr;
 }

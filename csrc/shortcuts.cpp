@@ -118,7 +118,7 @@ bool Shortcuts::written(PyObject* tensor) const {
   try {
     count_(handle(tensor));
     return true;
-  } catch (...) {  // a tensor of inference mode outside of it: what becomes of it is Python's matter
+  } catch (...) {  // a tensor of inference mode outside of it, which torch allows no change of
     return false;
   }
 }

@@ -202,7 +202,7 @@ def lend_tensors(
     kind: type[torch.Tensor],
     forced: ContextVar[str | None],
     empty_like: Callable[..., torch.Tensor],
-    written: Callable[..., None],
+    written: Callable[[torch.Tensor], bool],
     threads: Callable[[], int],
     watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
 ) -> bool: ...

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_compiling
 
 from pykernels import memory
 
@@ -171,6 +172,19 @@ def no_gradient(op: str, name: str, value: object) -> None:
         )
 
 
+def changeable(op: str, out: torch.Tensor) -> None:
+    """What torch asks of a tensor that is written to: no gradient, and inference mode for a tensor of it.
+
+    The latter not in a graph, as every run of it asks.
+    """
+    no_gradient(op, "out", out)
+    if not is_compiling() and out.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{op}: out must not be an inference tensor outside of inference mode, as torch allows no update "
+            "of one there: pass out.clone()"
+        )
+
+
 def no_out(op: str, out: torch.Tensor | None) -> None:
     """A result that carries a gradient is a new tensor."""
     if out is not None:
@@ -326,7 +340,7 @@ def row_output(op: str, out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) 
         raise ValueError(f"{op}: out must be on x's device {x.device}, got {out.device}")
     if not out.is_contiguous() and any(n > 1 and not s for n, s in zip(out.shape, out.stride(), strict=True)):
         raise RuntimeError(f"{op}: out must have a place for every element, got strides {list(out.stride())}")
-    no_gradient(op, "out", out)
+    changeable(op, out)
     memory.examine(op, "out", out, plain=True)
 
 
@@ -346,7 +360,7 @@ def output(
 ) -> None:
     """``out`` must fit ``like`` and be an input itself or share no memory with one."""
     one_tensor(op, "out", out)
-    no_gradient(op, "out", out)
+    changeable(op, out)
     if out_dtype is not None and out.dtype != result_dtype(op, out_dtype, like):
         raise TypeError(f"{op}: out must have out_dtype {out_dtype}, got {out.dtype}")
     if out.shape != like.shape:

@@ -46,6 +46,17 @@ def _trials() -> list[tuple[torch.Tensor, int, int, int, bool, bool]]:
 
 take_shortcuts()
 
+# What the public function calls; the way through Python takes as long as all other questions together.
+_count = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+
+
+def _written(tensor: torch.Tensor) -> bool:
+    """Counts a change; False where torch allows none, of which its count says nothing."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    _count((tensor,))
+    return True
+
 
 def rows(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor | None]:
     """The call (x, dim, out) of softmax or log_softmax, or (x, dim, keepdim) of logsumexp, that leaves what
@@ -54,9 +65,7 @@ def rows(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor 
     It reads tensors by DLPack's exchange protocol, which answers in nanoseconds what attributes answer in a
     microsecond. A torch that does not speak it (older than 2.10) has all its calls left.
     """
-    # What the public function calls; the way through Python takes as long as all other questions together.
-    written = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-    _C.lend_tensors(torch.Tensor, forced, torch.empty_like, written, threads, _WATCHES)
+    _C.lend_tensors(torch.Tensor, forced, torch.empty_like, _written, threads, _WATCHES)
     calls: dict[str, Callable[..., torch.Tensor | None]]
     calls = {
         "softmax": _C.softmax_rows,

@@ -92,21 +92,41 @@ def test_out_dtype(op, dtype, out_dtype, backend):
     assert_same_bits(OPS[op](base, tuned, out=out), got)
 
 
-@pytest.mark.parametrize("op", [*OPS, "trim", "drop_rescale", "merge_lora"])
+MORE = OPS | {
+    "trim": lambda b, t, **o: pk.trim(b, 0.2, **o),
+    "drop_rescale": lambda b, t, **o: pk.drop_rescale(b, 0.2, seed=1, **o),
+    "merge_lora": lambda b, t, **o: pk.merge_lora(b, [pk.LoRA(torch.ones(1, 4), torch.ones(4, 1), 1.0)], **o),
+}
+
+
+@pytest.mark.parametrize("op", MORE)
 def test_a_graph_that_saved_out_does_not_use_what_stands_there_now(op):
-    run = OPS | {
-        "trim": lambda b, t, **o: pk.trim(b, 0.2, **o),
-        "drop_rescale": lambda b, t, **o: pk.drop_rescale(b, 0.2, seed=1, **o),
-        "merge_lora": lambda b, t, **o: pk.merge_lora(
-            b, [pk.LoRA(torch.ones(1, 4), torch.ones(4, 1), 1.0)], **o
-        ),
-    }
     base, tuned = make("gaussian", 16, 3, torch.float32)
     base, *tuned = (x.view(4, 4) for x in (base, *tuned))
     saved = base.clone().requires_grad_().exp()
-    run[op](base, tuned, out=saved.detach())
+    MORE[op](base, tuned, out=saved.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.sum().backward()
+
+
+ROWS = {
+    "softmax": lambda b, t, **o: pk.softmax(b, **o),
+    "log_softmax": lambda b, t, **o: pk.log_softmax(b, **o),
+}
+
+
+@pytest.mark.parametrize("op", MORE | ROWS)
+def test_an_inference_tensor_is_filled_in_inference_mode_alone(op):
+    """As torch has it."""
+    base, tuned = make("gaussian", 16, 3, torch.float32)
+    base, *tuned = (x.view(4, 4) for x in (base, *tuned))
+    with torch.inference_mode():
+        out = torch.zeros(4, 4)
+        assert_same_bits((MORE | ROWS)[op](base, tuned, out=out), (MORE | ROWS)[op](base, tuned))
+        out.zero_()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out must not be an inference tensor outside"):
+        (MORE | ROWS)[op](base, tuned, out=out)
+    assert not out.any()
 
 
 def test_results_have_the_inputs_shape_and_inputs_are_left_alone(backend):

@@ -157,14 +157,23 @@ def test_results_are_given_back():
     assert held() - before < 100_000  # of 350,000
 
 
-def test_an_output_of_inference_mode():
-    """torch's count of changes refuses it outside; its function of Python knows of that."""
-    x = torch.randn(2, 3)
+@pytest.mark.parametrize("taken", [True, False], ids=["shortcuts", "none"])
+def test_an_output_of_inference_mode(taken, request):
+    """As torch, which refuses it outside. A tensor from outside may be one inside, too."""
+    if not taken:
+        request.getfixturevalue("untaken")
+    x, plain = torch.randn(2, 3), torch.zeros(2, 3)
     with torch.inference_mode():
         out = torch.zeros(2, 3)
-        assert_same_bits(pk.softmax(x, out=out), pk.softmax(x))
+        wanted = pk.softmax(x)
+        for given in (out, plain):
+            assert_same_bits(pk.softmax(x, out=given), wanted)
     out.untyped_storage().fill_(0)
-    assert_same_bits(pk.softmax(x, out=out), pk.softmax(x))
+    with pytest.raises(RuntimeError, match="softmax: out must not be an inference tensor outside of"):
+        pk.softmax(x, out=out)
+    assert not out.any()
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        out.add_(1)
 
 
 @chosen_freely
