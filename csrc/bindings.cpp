@@ -308,7 +308,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("shrink", &shrink);
   m.def("reduce", &reduce);
   m.def("advise_huge", [](uintptr_t data, size_t bytes) { pk::advise_huge(at_mutable(data), bytes); });
-  if (!pk::add_tensor_calls(m.ptr()) || !pk::add_layer_calls(m.ptr())) throw py::error_already_set();
+  for (const auto add : {pk::add_tensor_calls, pk::add_layer_calls, pk::add_merge_calls})
+    if (!add(m.ptr())) throw py::error_already_set();
   m.def("own_threads", &pk::own_threads);
   m.def("forget_team", &pk::forget_team);
   m.def("isas", &pk::isas);

@@ -1,50 +1,13 @@
 // Calls that take tensors as objects: the everyday linear layers with adapters, whose checks in Python took
 // longer than a small product. Knows Python and not pybind11; torch only as objects that it was handed.
-#include <cmath>
-#include <new>
 #include <vector>
 
 #include "bindings_tensors.h"
 #include "drive/lora_linear.h"
-#include "drive/process.h"
-#include "lent.h"
+#include "operands.h"
 
 namespace pk {
 namespace {
-
-/// What calls need of torch and of the package; borrowed from `lend_layers`, which keeps it for good.
-struct : Lent {
-  PyTypeObject *tensor = nullptr, *parameter = nullptr, *adapter = nullptr;
-  PyObject *recording = nullptr, *new_empty = nullptr;
-  int64_t float_rows = 0;
-} lent;
-
-constexpr int64_t kSmall = 1 << 17;  // multiplications below which a second thread starts too late
-constexpr int64_t kPages = 1 << 20;  // elements from which on a result asks for huge pages
-constexpr double kLarge = 0x1p100;   // scalings below this need no closer look
-
-/// A tensor whose memory holds its values; not `taken` where a question is open.
-struct Operand {
-  exchange::Tensor at;
-  bool taken = false;
-
-  Operand(PyObject* object, bool recording) {
-    if (Py_TYPE(object) != lent.tensor && Py_TYPE(object) != lent.parameter) return;
-    if (lent.api->lend(object, &at)) {
-      PyErr_Clear();
-      return;
-    }
-    if (at.device_type != exchange::kCpu || !at.data || at.ndim < 1) return;
-    if (recording && !lent.wants_no_gradient(object)) return;
-    taken = lent.has_memory(object, at) && lent.holds_values(object);
-  }
-  int dtype() const { return taken ? exchange::dtype_of(at) : -1; }
-  bool is(int64_t rows, int64_t columns) const {
-    return at.ndim == 2 && at.shape[0] == rows && at.shape[1] == columns;
-  }
-  int64_t stride(int d) const { return exchange::stride_of(at, d); }
-  cpu::Matrix matrix() const { return {exchange::data_of(at), dtype(), stride(0), stride(1)}; }
-};
 
 /// The leading dimensions of x as one: how many rows, and how far apart; false where they are not.
 bool as_rows(const Operand& x, int64_t& rows, int64_t& step) {
@@ -85,22 +48,10 @@ struct Call {
   /// Whether a float32 product is ours: the rule of lora_linear_cpu.py.
   bool few_rows() const { return (job.weight.col == 1 || job.k == 1) && job.m <= lent.float_rows; }
 
-  bool add(PyObject* a_object, PyObject* b_object, PyObject* scaling) {
-    if (!PyFloat_CheckExact(scaling)) return false;
-    const double s = PyFloat_AS_DOUBLE(scaling);
-    const Operand a(a_object, recording), b(b_object, recording);
-    const int dtype = a.dtype();
-    if (!(std::fabs(s) < kLarge) || dtype < 0 || (dtype != kF32 && dtype != x.dtype())) return false;
-    const int64_t rank = a.at.shape[0];
-    if (b.dtype() != dtype || rank < 1 || !a.is(rank, job.k) || !b.is(job.n, rank)) return false;
-    job.adapters.push_back({a.matrix(), b.matrix(), rank, float(s)});
+  bool add(const Factors& f) {
+    if (!f.fit(job.n, job.k) || (f.a.dtype() != kF32 && f.a.dtype() != x.dtype())) return false;
+    job.adapters.push_back({f.a.matrix(), f.b.matrix(), f.rank(), float(f.scaling)});
     return true;
-  }
-
-  bool add(PyObject* adapter) {
-    if (Py_TYPE(adapter) != lent.adapter || PyTuple_GET_SIZE(adapter) != 4) return false;
-    const auto field = [&](int i) { return PyTuple_GET_ITEM(adapter, i); };
-    return field(3) == Py_None && add(field(0), field(1), field(2));
   }
 
   bool add_bias(PyObject* object) { return add_columns(object, x.dtype(), job.out.bias); }
@@ -126,16 +77,10 @@ struct Call {
       if (!size) return nullptr;
       PyTuple_SET_ITEM(shape.object, d, size);
     }
-    PyObject* made = PyObject_CallMethodOneArg(x_object, lent.new_empty, shape.object);
-    if (!made) return nullptr;
     exchange::Tensor out;
-    if (lent.api->lend(made, &out) || out.device_type != exchange::kCpu || !out.data) {
-      PyErr_Clear();
-      Py_DECREF(made);
-      Py_RETURN_NONE;
-    }
-    job.out = {exchange::data_of(out), x.dtype(), job.n, 1, job.out.bias, job.out.scale};
-    if (job.m * job.n >= kPages) advise_huge(job.out.data, size_t(job.m * job.n * dtype_size(x.dtype())));
+    PyObject* const made = new_like(x_object, shape.object, out);
+    if (made && made != Py_None)
+      job.out = {exchange::data_of(out), x.dtype(), job.n, 1, job.out.bias, job.out.scale};
     return made;
   }
 
@@ -143,27 +88,17 @@ struct Call {
   PyObject* run(PyObject* x_object) {
     const Held out(result(x_object));
     if (!out.object || out.object == Py_None) return Py_XNewRef(out.object);
-    if (job.m * job.n * job.k < kSmall) {
-      lora_linear(job, 1);
-      return Py_NewRef(out.object);
-    }
-    const Held threads(PyObject_CallNoArgs(lent.threads));
-    if (!threads.object) return nullptr;
-    const int count = int(PyLong_AsLong(threads.object));
-    const Waiting waiting;
-    lora_linear(job, count);
-    return Py_NewRef(out.object);
+    const auto work = [&](int threads) { lora_linear(job, threads); };
+    return on_threads(job.m * job.n * job.k, work) ? Py_NewRef(out.object) : nullptr;
   }
 };
-
-bool records() { return !says_no(PyObject_CallNoArgs(lent.recording)); }
 
 /// layer(x, weight, lora_A, lora_B, scaling, bias, column_scale): the result; None, and nothing done, where a
 /// question is open.
 PyObject* layer(PyObject* const* given) {
   if (!lent.chosen_freely()) Py_RETURN_NONE;
-  Call call(given[0], given[1], records());
-  if (!call.taken || !call.add(given[2], given[3], given[4])) Py_RETURN_NONE;
+  Call call(given[0], given[1], lent.records());
+  if (!call.taken || !call.add(Factors(given[2], given[3], given[4], call.recording))) Py_RETURN_NONE;
   if (!call.add_bias(given[5]) || !call.add_scale(given[6])) Py_RETURN_NONE;
   return call.run(given[0]);
 }
@@ -189,42 +124,30 @@ bool add_index(const Operand& index, Call& call) {
 /// layers(x, weight, adapters, index, bias): the same with an adapter for every row.
 PyObject* layers(PyObject* const* given) {
   if (!lent.chosen_freely()) Py_RETURN_NONE;
-  if (!PyList_CheckExact(given[2]) && !PyTuple_CheckExact(given[2])) Py_RETURN_NONE;
-  const Held adapters(PySequence_Tuple(given[2]));  // ours, as a list could be changed meanwhile
-  if (!adapters.object) return nullptr;
-  Call call(given[0], given[1], records());
+  const Adapters adapters(given[2]);
+  if (!adapters.tuple.object) return none_unless_failed();
+  Call call(given[0], given[1], lent.records());
   if (!call.taken || !call.add_bias(given[4])) Py_RETURN_NONE;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(adapters.object); i++)
-    if (!call.add(PyTuple_GET_ITEM(adapters.object, i))) Py_RETURN_NONE;
+  if (!adapters.each(call.recording, [&](const Factors& f) { return call.add(f); })) Py_RETURN_NONE;
   const Operand index(given[3], call.recording);
   if (!add_index(index, call)) Py_RETURN_NONE;
   return call.run(given[0]);
 }
 
-/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, watches):
-/// whether calls will be taken.
+/// lend_layers(Tensor, Parameter, LoRA, forced, recording, threads, float_rows, watches, written), the last
+/// as `Lent` has it: whether calls will be taken.
 PyObject* lend_layers(PyObject* const* given) {
-  for (int i = 0; i < 8; i++) Py_INCREF(given[i]);
+  for (int i = 0; i < 9; i++) Py_INCREF(given[i]);
   lent.tensor = reinterpret_cast<PyTypeObject*>(given[0]);
   lent.parameter = reinterpret_cast<PyTypeObject*>(given[1]);
   lent.adapter = reinterpret_cast<PyTypeObject*>(given[2]);
   lent.recording = given[4];
   lent.float_rows = PyLong_AsLongLong(given[6]);
   lent.new_empty = PyUnicode_InternFromString("new_empty");
-  return PyBool_FromLong(lent.take(given[0], given[3], given[5], given[7]));
+  return PyBool_FromLong(lent.take(given[0], given[3], given[5], given[7], given[8]));
 }
 
-template <PyObject* (*function)(PyObject* const*), Py_ssize_t wanted>
-PyObject* counted(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != wanted) return PyErr_Format(PyExc_TypeError, "takes %zd arguments, got %zd", wanted, count);
-  try {
-    return function(given);
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  }
-}
-
-PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 8>), METH_FASTCALL, nullptr},
+PyMethodDef methods[] = {{"lend_layers", as_method(counted<lend_layers, 9>), METH_FASTCALL, nullptr},
                          {"lora_layer", as_method(counted<layer, 7>), METH_FASTCALL, nullptr},
                          {"lora_layers", as_method(counted<layers, 5>), METH_FASTCALL, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

@@ -14,7 +14,7 @@ namespace {
 /// What calls need of torch; borrowed from `lend_tensors`, which keeps it for the life of the process.
 struct : Lent {
   PyTypeObject* type = nullptr;
-  PyObject *empty_like = nullptr, *written = nullptr;
+  PyObject* empty_like = nullptr;
 } lent;
 
 /// What the question for memory needs; from `know_tensors`, for good.
@@ -127,8 +127,7 @@ PyObject* lend_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   for (int i = 0; i < 6; i++) Py_INCREF(given[i]);
   lent.type = reinterpret_cast<PyTypeObject*>(given[0]);
   lent.empty_like = given[2];
-  lent.written = given[3];
-  return PyBool_FromLong(lent.take(given[0], given[1], given[4], given[5]));
+  return PyBool_FromLong(lent.take(given[0], given[1], given[4], given[5], given[3]));
 }
 
 /// take_shortcuts(library, type, trials): whether torch's library is asked from now on where Python was.
@@ -145,13 +144,6 @@ PyObject* like(PyObject* object, const Rows& x) {
   return made ? made : PyObject_CallOneArg(lent.empty_like, object);
 }
 
-/// Counts a change of a tensor; false, with an error set or not, where torch allows none.
-bool written(PyObject* tensor) {
-  if (shortcuts) return shortcuts.written(tensor);
-  const Held counted(PyObject_CallOneArg(lent.written, tensor));
-  return counted.object == Py_True;
-}
-
 /// The result over the last dimension of x; None, and nothing done, where a question is open.
 PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   if (!lent.chosen_freely()) Py_RETURN_NONE;
@@ -165,7 +157,7 @@ PyObject* result(int kind, PyObject* object, PyObject* dim, PyObject* given) {
   if (!y.elements || !may_fill(y, x)) Py_RETURN_NONE;
   if (!fresh) {
     if (given != object && !(lent.wants_no_gradient(given) && lent.holds_values(given))) Py_RETURN_NONE;
-    if (!written(given)) return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
+    if (!lent.count_change(given)) return none_unless_failed();
   }
   return run(kind, y, x) ? Py_NewRef(out.object) : nullptr;
 }

@@ -7,5 +7,6 @@ namespace pk {
 /// Add them to the module; false, with Python's error set, where that fails.
 bool add_tensor_calls(PyObject* module);
 bool add_layer_calls(PyObject* module);
+bool add_merge_calls(PyObject* module);
 
 }  // namespace pk

@@ -8,16 +8,18 @@ namespace pk {
 /// What all of them need of torch and of the package.
 struct Lent {
   const exchange::Api* api = nullptr;
-  PyObject *forced = nullptr, *threads = nullptr, *requires_grad = nullptr;
+  PyObject *forced = nullptr, *threads = nullptr, *written = nullptr, *requires_grad = nullptr;
   Method is_neg;
   Watches watches;
   Storages storages;
 
-  /// References stay with the caller. Returns whether tensors of that type will be taken.
-  bool take(PyObject* type, PyObject* forced_, PyObject* threads_, PyObject* watches_) {
+  /// References stay with the caller; `written` counts a change of a tensor and says whether it could.
+  /// Returns whether tensors of that type will be taken.
+  bool take(PyObject* type, PyObject* forced_, PyObject* threads_, PyObject* watches_, PyObject* written_) {
     api = exchange::of_type(type);
     forced = forced_;
     threads = threads_;
+    written = written_;
     watches.take(watches_);
     is_neg.take(type, "is_neg");
     storages.take(type);
@@ -35,6 +37,11 @@ struct Lent {
   }
   bool wants_no_gradient(PyObject* tensor) const {
     return shortcuts ? !shortcuts.requires_grad(tensor) : says_no(PyObject_GetAttr(tensor, requires_grad));
+  }
+  /// Counts a change of a tensor; false, with an error set or not, where torch allows none.
+  bool count_change(PyObject* tensor) const {
+    return shortcuts ? shortcuts.written(tensor)
+                     : Held(PyObject_CallOneArg(written, tensor)).object == Py_True;
   }
 };
 

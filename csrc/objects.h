@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <new>
 
 #include "shortcuts.h"
 
@@ -105,5 +106,19 @@ using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 inline PyCFunction as_method(Fast function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
 }
+
+/// A function of that many arguments.
+template <PyObject* (*function)(PyObject* const*), Py_ssize_t wanted>
+PyObject* counted(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != wanted) return PyErr_Format(PyExc_TypeError, "takes %zd arguments, got %zd", wanted, count);
+  try {
+    return function(given);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
+
+/// None, or null where an error is set.
+inline PyObject* none_unless_failed() { return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None); }
 
 }  // namespace pk

@@ -223,12 +223,22 @@ def lend_layers(
     threads: Callable[[], int],
     float_rows: int,
     watches: tuple[Callable[[], int], Callable[[], object], ModuleType],
+    written: Callable[[torch.Tensor], bool],
 ) -> bool: ...
 def lora_layer(
-    x: object, weight: object, lora_A: object, lora_B: object, scaling: object, bias: object
+    x: object,
+    weight: object,
+    lora_A: object,
+    lora_B: object,
+    scaling: object,
+    bias: object,
+    column_scale: object,
 ) -> torch.Tensor | None: ...
 def lora_layers(
     x: object, weight: object, adapters: object, index: object, bias: object
+) -> torch.Tensor | None: ...
+def lora_merge(
+    weight: object, adapters: object, fan_in_fan_out: object, out: object, rounding: object
 ) -> torch.Tensor | None: ...
 def count_nonfinite(dtype: int, data: int, numel: int) -> int: ...
 def ideal(out: int, inputs: list[int], bytes: int, threads: int) -> None: ...

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -98,6 +98,9 @@ COMPOSED = frozenset({"torch", "ref"})
 DEVICE_SIDE = ("cuda", "triton")
 OLDEST_TRITON = (3, 4)
 NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+Everyday: TypeAlias = Callable[..., torch.Tensor | None]
+"""A compiled call that returns None, with nothing done, for what it does not take."""
 
 _forced: ContextVar[str | None] = ContextVar(
     "pykernels_backend", default=os.environ.get("PYKERNELS_BACKEND") or None
@@ -243,7 +246,7 @@ def call(op: str, like: torch.Tensor) -> Callable[..., Any]:
     return function
 
 
-def everyday(op: str) -> Callable[..., torch.Tensor | None]:
+def everyday(op: str) -> Everyday:
     """The compiled call (x, dim, out) of softmax or log_softmax without options, or (x, dim, keepdim) of
     logsumexp.
 
@@ -252,19 +255,17 @@ def everyday(op: str) -> Callable[..., torch.Tensor | None]:
     """
     if missing("cpu"):
         return lambda *_: None
-    run: Callable[..., torch.Tensor | None] = importlib.import_module("pykernels.everyday").rows(op, _forced)
+    run: Everyday = importlib.import_module("pykernels.everyday").rows(op, _forced)
     return run
 
 
-def everyday_layers(
-    adapter: type,
-) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
-    """As :func:`everyday`, for lora_linear (x, weight, A, B, scaling, bias, column_scale) and its grouped
-    form.
+def everyday_layers(adapter: type) -> tuple[Everyday, Everyday, Everyday]:
+    """As :func:`everyday`, for lora_linear (x, weight, A, B, scaling, bias, column_scale), its grouped form
+    and merge_lora (weight, adapters, fan_in_fan_out, out, rounding).
     """
     if missing("cpu"):
-        return (lambda *_: None), (lambda *_: None)
-    found: tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]
+        return (lambda *_: None), (lambda *_: None), (lambda *_: None)
+    found: tuple[Everyday, Everyday, Everyday]
     found = importlib.import_module("pykernels.everyday").layers(_forced, adapter)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import TypeAlias
 
 import torch
 from torch.autograd import forward_ad
@@ -14,6 +15,10 @@ from pykernels.native import FLOAT_ROWS, threads
 _WATCHES = (torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, forward_ad)
 """What everyday calls ask in place of ``memory.watched``: a transform's tensors have no memory to lend."""
 
+_WRITTEN = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+"""What the public function calls: the way through it takes as long as all other questions together."""
+
+Call: TypeAlias = Callable[..., torch.Tensor | None]
 
 SHORTCUTS_OF = ("2.13.",)
 """Releases of torch whose library the tests have asked; in another a name of C++ may mean something else."""
@@ -46,19 +51,16 @@ def _trials() -> list[tuple[torch.Tensor, int, int, int, bool, bool]]:
 
 take_shortcuts()
 
-# What the public function calls; the way through Python takes as long as all other questions together.
-_count = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-
 
 def _written(tensor: torch.Tensor) -> bool:
     """Counts a change; False where torch allows none, of which its count says nothing."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    _count((tensor,))
+    _WRITTEN((tensor,))
     return True
 
 
-def rows(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor | None]:
+def rows(op: str, forced: ContextVar[str | None]) -> Call:
     """The call (x, dim, out) of softmax or log_softmax, or (x, dim, keepdim) of logsumexp, that leaves what
     it does not take, returning None.
 
@@ -66,8 +68,7 @@ def rows(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor 
     microsecond. A torch that does not speak it (older than 2.10) has all its calls left.
     """
     _C.lend_tensors(torch.Tensor, forced, torch.empty_like, _written, threads, _WATCHES)
-    calls: dict[str, Callable[..., torch.Tensor | None]]
-    calls = {
+    calls: dict[str, Call] = {
         "softmax": _C.softmax_rows,
         "log_softmax": _C.log_softmax_rows,
         "logsumexp": _C.logsumexp_rows,
@@ -75,12 +76,10 @@ def rows(op: str, forced: ContextVar[str | None]) -> Callable[..., torch.Tensor 
     return calls[op]
 
 
-def layers(
-    forced: ContextVar[str | None], adapter: type
-) -> tuple[Callable[..., torch.Tensor | None], Callable[..., torch.Tensor | None]]:
-    """The calls (x, weight, A, B, scaling, bias, column_scale) and (x, weight, adapters, index, bias) of that
-    kind.
+def layers(forced: ContextVar[str | None], adapter: type) -> tuple[Call, Call, Call]:
+    """The calls of that kind (x, weight, A, B, scaling, bias, column_scale), (x, weight, adapters, index,
+    bias) and, of a merge, (weight, adapters, fan_in_fan_out, out, rounding).
     """
     types, asked = (torch.Tensor, torch.nn.Parameter, adapter), (forced, torch.is_grad_enabled, threads)
-    _C.lend_layers(*types, *asked, FLOAT_ROWS, _WATCHES)
-    return _C.lora_layer, _C.lora_layers
+    _C.lend_layers(*types, *asked, FLOAT_ROWS, _WATCHES, _written)
+    return _C.lora_layer, _C.lora_layers, _C.lora_merge

@@ -89,6 +89,15 @@ def test_no_everyday_layer_drops_a_tangent():
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_no_everyday_merge_drops_a_tangent():
+    given = [t.float() for t in (W, A, B)]
+    for at, t in enumerate(given):
+        with forward_ad.dual_level():
+            dual = [forward_ad.make_dual(t, 2 * t) if i == at else t for i, t in enumerate(given)]
+            found = forward_ad.unpack_dual(pk.merge_lora(dual[0], [pk.LoRA(*dual[1:], 0.5)])).tangent
+        torch.testing.assert_close(found, 2 * W.float() if t is given[0] else B.float() @ A.float())
+
+
 def test_levels_upon_levels():
     """Jacobians of Jacobians: the inner tangent carries the outer one."""
     for ours, theirs in ((pk.softmax, torch.softmax), (pk.log_softmax, torch.log_softmax)):

@@ -169,6 +169,9 @@ def test_an_output_of_inference_mode(taken, request):
         for given in (out, plain):
             assert_same_bits(pk.softmax(x, out=given), wanted)
     out.untyped_storage().fill_(0)
+    lora = pk.LoRA(torch.ones(1, 3), torch.ones(2, 1), 1.0)
+    with pytest.raises(RuntimeError, match="merge_lora: out must not be an inference tensor outside of"):
+        pk.merge_lora(x, [lora], out=out)
     with pytest.raises(RuntimeError, match="softmax: out must not be an inference tensor outside of"):
         pk.softmax(x, out=out)
     assert not out.any()

@@ -54,7 +54,7 @@ WITHOUT_TENSORS = {"advise_huge", "forget_team", "ideal", "isa", "isas", "own_th
 ELSEWHERE = {
     *("know_tensors", "have_memory", "lend_tensors", "take_shortcuts"),
     *("softmax_rows", "log_softmax_rows", "logsumexp_rows"),
-    *("product", "shrink", "reduce", "lend_layers", "lora_layer", "lora_layers"),
+    *("product", "shrink", "reduce", "lend_layers", "lora_layer", "lora_layers", "lora_merge"),
 }
 """Functions that take tensors in another form, or none of their elements: softmax's kernels are reached by
 ``softmax`` too, and the products that layers are made of have guard pages of their own in

@@ -20,7 +20,7 @@ ALL = STEPS
 """The threshold of 16-bit draws at which dropout drops nothing."""
 OPERATOR = "lora_linear"
 GROUPED = "lora_linear_grouped"
-everyday, everyday_grouped = backends.everyday_layers(LoRA)
+everyday, everyday_grouped, everyday_merge = backends.everyday_layers(LoRA)
 """Compiled calls that check plain CPU tensors by themselves: None, with nothing done, for anything else."""
 
 Adapters = Sequence[tuple[torch.Tensor, torch.Tensor, float]]

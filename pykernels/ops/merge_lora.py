@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from pykernels import backends, check, check_lora, library
 from pykernels.ops.lora import LoRA
+from pykernels.ops.lora_pass import everyday_merge
 from pykernels.ops.merge_lora_peft import merge_as_peft
 from pykernels.uncast import uncast
 
@@ -50,6 +51,10 @@ def merge_lora(
     Raises:
         ValueError, TypeError: an argument breaks a rule above; the text names it and its value.
     """
+    if not is_compiling():
+        done = everyday_merge(weight, adapters, fan_in_fan_out, out, rounding)
+        if done is not None:
+            return done
     given = list(adapters) if isinstance(adapters, Sequence) else []
     if library.needed(weight, *(t for a in given for t in tensors_of(a))):
         if not is_compiling():
