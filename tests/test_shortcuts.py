@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import pykernels as pk
 from pykernels import backends, memory
@@ -65,21 +66,26 @@ def test_one_wrong_answer_leaves_all_to_python(trial, field, which):
     assert trial(lambda some: some)
 
 
-FIRST_CALLS = {
-    "a fake tensor": "with FakeTensorMode(): pk.softmax(torch.empty(4, 8))",
-    "a transform": "torch.func.jvp(pk.softmax, (x,), (x,))",
-    "a default device": "torch.set_default_device('meta'); pk.softmax(x)",
-    "inference mode": "\nwith torch.inference_mode(): pk.softmax(x)",
+SURROUNDINGS = {
+    "a fake mode": FakeTensorMode,
+    "a default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "forward mode": forward_ad.dual_level,
 }
 
 
-@pytest.mark.parametrize("first", FIRST_CALLS)
-def test_where_the_first_call_stands(first):
-    """The trials run then, and go right whatever surrounds them."""
-    setup = "import torch, pykernels as pk; from torch._subclasses.fake_tensor import FakeTensorMode"
-    after = "from pykernels import _C; assert _C.logsumexp_rows(x, -1, False) is not None"
-    code = "\n".join([setup, "x = torch.randn(4, 8)", FIRST_CALLS[first], after])
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+def test_trials_go_right_wherever_the_first_call_stands(surrounding):
+    with SURROUNDINGS[surrounding]():
+        assert everyday.take_shortcuts()
+
+
+def test_trials_go_right_within_transforms():
+    taken = []
+    x = torch.randn(2, 3)
+    torch.func.vmap(lambda v: (taken.append(everyday.take_shortcuts()), v)[1])(x)
+    torch.func.jvp(lambda v: (taken.append(everyday.take_shortcuts()), v)[1], (x,), (x,))
+    assert taken == [True, True]
 
 
 def test_another_torch_is_not_asked(monkeypatch):
